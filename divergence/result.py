@@ -1,0 +1,264 @@
+"""The result of a comparison: frozen facts that serialise to `report.json`.
+
+Every report renders a `Comparison` and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+from divergence.errors import SourceError, one_line
+
+SCHEMA = 1
+
+T = TypeVar("T")
+
+Verdict = Literal["pass", "fail", "error"]
+State = Literal["matched", "missing in reference", "missing in candidate", "shape mismatch", "excluded"]
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """What a figure means: its unit and which direction is better."""
+
+    label: str
+    unit: str
+    better: Literal["lower", "higher", "neither"]
+
+
+METRICS: Mapping[str, MetricInfo] = {
+    "mse": MetricInfo("mean squared error", "squared units of the tensor", "lower"),
+    "max_abs": MetricInfo("largest absolute difference", "units of the tensor", "lower"),
+    "mean_abs": MetricInfo("mean absolute difference", "units of the tensor", "lower"),
+    "rel_l2": MetricInfo("L2 norm of the difference over L2 norm of the reference", "1", "lower"),
+    "row_rel_l2": MetricInfo("median over valid tokens of the relative L2 error", "1", "lower"),
+    "cosine": MetricInfo("cosine of the angle between the two tensors", "1", "higher"),
+    "ratio": MetricInfo("error over noise floor", "1", "lower"),
+    "introduced": MetricInfo("relative L2 error that this layer adds (replay)", "1", "lower"),
+    "introduced_ratio": MetricInfo("introduced error over the noise floor of that layer", "1", "lower"),
+}
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How the error is spread; relative L2 errors. At most 64 entries an axis: longer axes are
+    binned, each bin being the relative L2 error over its members."""
+
+    token: tuple[float, ...] = ()
+    head: tuple[float, ...] = ()
+    channel: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    """One site of the comparison. Figures are None where they do not exist.
+
+    Attributes:
+        site, stack, layer, tensor, call: the address (`divergence.sites.Site`).
+        mse, max_abs, mean_abs, rel_l2, row_rel_l2, cosine: see `METRICS`.
+        max_abs_at: index of the largest difference, by axis of the reference's layout.
+        ref_min, ref_max, cand_min, cand_max: ranges over finite values at valid tokens.
+        ref_nonfinite, cand_nonfinite: numbers of NaN and Inf at valid tokens.
+        floor: noise floor as relative L2 error (cumulative).
+        ratio: cumulative error over its floor; worst of whole-tensor and median-token error.
+        introduced: relative L2 error that the layer adds to the candidate's own input to it.
+        introduced_floor, introduced_ratio: the same layer's floor, and the ratio to it.
+        bit_equal: both tensors have the same bits.
+        padded_max_abs: largest difference at padded tokens, which count for nothing else.
+        ref_dtype, cand_dtype, shape: of the tensors.
+        layout: what was done to bring the candidate into the reference's layout; "" for nothing.
+        found_ref, found_cand: how each probe found it.
+        verdict: of this site.
+        reason: why, where the verdict is not pass; a remark otherwise.
+    """
+
+    site: str
+    stack: str
+    layer: int | None
+    tensor: str
+    call: int
+    verdict: Verdict
+    reason: str = ""
+    mse: float | None = None
+    max_abs: float | None = None
+    max_abs_at: tuple[int, ...] | None = None
+    mean_abs: float | None = None
+    rel_l2: float | None = None
+    row_rel_l2: float | None = None
+    cosine: float | None = None
+    ref_min: float | None = None
+    ref_max: float | None = None
+    cand_min: float | None = None
+    cand_max: float | None = None
+    ref_nonfinite: int = 0
+    cand_nonfinite: int = 0
+    floor: float | None = None
+    ratio: float | None = None
+    introduced: float | None = None
+    introduced_floor: float | None = None
+    introduced_ratio: float | None = None
+    bit_equal: bool = False
+    padded_max_abs: float | None = None
+    ref_dtype: str = ""
+    cand_dtype: str = ""
+    shape: tuple[int, ...] = ()
+    layout: str = ""
+    found_ref: str = ""
+    found_cand: str = ""
+    profile: Profile = field(default_factory=Profile)
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """A site that was not compared, and why (`State`)."""
+
+    site: str
+    state: State
+    reason: str
+    suggestion: str = ""
+
+
+@dataclass(frozen=True)
+class FirstDivergence:
+    """The first failing site in execution order."""
+
+    site: str
+    stack: str
+    layer: int | None
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A named explanation of the first divergence."""
+
+    id: str
+    title: str
+    evidence: tuple[str, ...]
+    explained: float | None
+    fix: str
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the verdict was judged by.
+
+    Attributes:
+        policy: `noise-floor` or `absolute`.
+        ratio: limit of error over floor (noise-floor).
+        precision: the precision in which the floor was taken, or "".
+        precision_from: where that was read ("candidate", "--precision", ...).
+        floor_from: how the floor was taken, in words.
+        judged: `introduced` or `cumulative`: which error the ratio was taken of.
+        sites: absolute limits by site pattern and metric.
+    """
+
+    policy: Literal["noise-floor", "absolute"]
+    ratio: float
+    precision: str = ""
+    precision_from: str = ""
+    floor_from: str = ""
+    judged: Literal["introduced", "cumulative"] = "cumulative"
+    sites: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that is known after comparing a candidate with a reference."""
+
+    verdict: Verdict
+    reason: str
+    first_divergence: FirstDivergence | None
+    reference: str
+    candidate: str
+    policy: Policy
+    sites: tuple[SiteResult, ...]
+    unmatched: tuple[Unmatched, ...] = ()
+    causes: tuple[Cause, ...] = ()
+    notes: tuple[str, ...] = ()
+    contract: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    command: str = ""
+    schema: int = SCHEMA
+
+    def site(self, name: str) -> SiteResult:
+        """The result of the site called `name`.
+
+        Raises:
+            KeyError: it was not compared.
+        """
+        for result in self.sites:
+            if result.site == name:
+                return result
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        """`report.json`: strict JSON (NaN and infinities become null; counts say how many)."""
+        return json.dumps(_plain(self), indent=1, allow_nan=False, sort_keys=False)
+
+    def save(self, path: Path) -> None:
+        """Writes `report.json` at `path`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "report.json") -> Self:
+        """Reads `report.json` back.
+
+        Raises:
+            SourceError: not a report, or one of another schema.
+        """
+        try:
+            content = json.loads(text)
+            schema = content["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
+        if schema != SCHEMA:
+            raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again")
+        return _read(cls, content)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+_NESTED = {
+    "first_divergence": FirstDivergence,
+    "policy": Policy,
+    "sites": SiteResult,
+    "unmatched": Unmatched,
+    "causes": Cause,
+    "profile": Profile,
+}
+
+
+def _read(kind: type[T], content: Mapping[str, Any]) -> T:
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in known:
+            continue
+        nested = _NESTED.get(name)
+        if nested is not None and isinstance(value, list):
+            values[name] = tuple(_read(nested, item) for item in value)
+        elif nested is not None and isinstance(value, Mapping) and not (kind is Policy):
+            values[name] = _read(nested, value)
+        elif isinstance(value, list):
+            values[name] = tuple(value)
+        else:
+            values[name] = value
+    return kind(**values)
