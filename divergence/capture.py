@@ -12,13 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from divergence.errors import CaptureError, one_line
+from divergence.errors import CaptureError, ConfigurationError, one_line
 from divergence.precision import dtype_name
 from divergence.probes import Observation, RunFacts
 from divergence.sites import Site, in_execution_order
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+REPLACED = ".replaced"
 MASK_PREFIX = "mask:"
 SHARD_BYTES = 64 << 20
+WORD = 8
+"""Size of what `fingerprint` combines, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,16 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
                 f"{folder}: capture schema {schema}, this version reads {SCHEMA}; record it again"
             )
         capture = _from_manifest(folder, content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = dict(content["files"])
+        if unlisted := {entry.file for entry in capture.entries.values()} - files.keys():
+            raise CaptureError(f"{manifest}: does not list {min(unlisted)}; record the capture again")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigurationError) as error:
         raise CaptureError(
             f"{manifest}: not a capture manifest ({one_line(error)}); record the capture again"
         ) from error
     if not capture.entries:
         raise CaptureError(f"{folder}: the capture is empty: its run found no sites; record it again")
-    for file, size in content["files"].items():
+    for file, size in files.items():
         found = (folder / file).stat().st_size if (folder / file).is_file() else None
         if found != size:
             state = "missing" if found is None else f"{found} bytes"
@@ -182,8 +188,10 @@ class CaptureWriter:
         self._files: dict[str, int] = {}
         self._masks: dict[str, str] = {}
         self._closed = False
-        if self.path.exists() and not (self.path / MANIFEST).is_file() and (
-            not self.path.is_dir() or any(self.path.iterdir())
+        if (
+            self.path.exists()
+            and not (self.path / MANIFEST).is_file()
+            and (not self.path.is_dir() or any(self.path.iterdir()))
         ):
             raise CaptureError(f"{self.path}: exists and is not a capture; choose another --out")
         try:
@@ -193,7 +201,7 @@ class CaptureWriter:
         except OSError as error:
             raise CaptureError(f"{self._partial}: cannot be made ({one_line(error)})") from error
 
-    def __enter__(self) -> CaptureWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -203,14 +211,13 @@ class CaptureWriter:
             shutil.rmtree(self._partial, ignore_errors=True)
 
     def __call__(self, observation: Observation) -> None:
-        """Takes one observation (a `divergence.probes.Sink`).
+        """Takes one observation (a `divergence.probes.Sink`); a later one of the same site
+        replaces the earlier.
 
         Raises:
-            CaptureError: the same site twice, or the disk is full.
+            CaptureError: the disk is full.
         """
         site = observation.site
-        if site in self._entries:
-            raise CaptureError(f"site {site} was observed twice in one run; this is a defect of the probe")
         self._store(str(site), observation.tensor)
         tensor = observation.tensor
         self._entries[site] = Entry(
@@ -243,9 +250,7 @@ class CaptureWriter:
             "schema": SCHEMA,
             "facts": asdict(facts),
             "inputs_digest": inputs_digest,
-            "sites": [
-                {**asdict(self._entries[s]), "site": str(s)} for s in ordered
-            ],
+            "sites": [{**asdict(self._entries[s]), "site": str(s)} for s in ordered],
             "masks": self._masks,
             "files": self._files,
         }
@@ -254,13 +259,20 @@ class CaptureWriter:
                 json.dump(content, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            if self.path.exists():
-                shutil.rmtree(self.path)
-            os.replace(self._partial, self.path)
+            self._replace()
         except OSError as error:
             raise self._failed(error) from error
         self._closed = True
         return open_capture(self.path)
+
+    def _replace(self) -> None:
+        # The old capture is moved, not deleted, first: a name is missing for two renames only.
+        old = self.path.with_name(self.path.name + REPLACED)
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            self.path.replace(old)
+        self._partial.replace(self.path)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _shard_name(self) -> str:
         return f"shard-{len(self._files):04d}.safetensors"
@@ -301,26 +313,28 @@ class CaptureWriter:
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
 
 
-def fingerprint(named: Iterator[tuple[str, torch.Tensor]]) -> str:
+def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Digest of a model from its named parameters: names, shapes, dtypes and contents.
 
-    Contents enter by torch's 64-bit xor hash of all elements and by up to 64 evenly spaced
-    elements, which tells a permutation from the original; reading is the only cost.
+    Contents enter by the xor of all their 64-bit words, which any one change alters, and by up to 64
+    evenly spaced elements, which tell a permutation from the original; reading is the only cost.
     """
     import torch
 
     digest = hashlib.sha256()
     for name, tensor in named:
-        flat = tensor.detach().reshape(-1)
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if not flat.numel() or flat.device.type == "meta":
+        if not tensor.numel() or tensor.device.type == "meta":
             continue
-        digest.update(_words(torch.hash_tensor(flat.view(torch.uint8) if flat.is_floating_point() and flat.element_size() == 1 else flat)))
-        digest.update(_words(flat[:: max(1, flat.numel() // 64)][:64].contiguous()))
+        flat = tensor.detach().reshape(-1)
+        octets = flat.view(torch.uint8)
+        if octets.storage_offset() % WORD:  # cannot be seen as words in place
+            octets = octets.clone()
+        words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
+        for part in (
+            torch.hash_tensor(words),
+            octets[words.numel() * WORD :],
+            flat[:: -(-flat.numel() // 64)],
+        ):
+            digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _words(tensor: torch.Tensor) -> bytes:
-    import torch
-
-    return tensor.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().tobytes()

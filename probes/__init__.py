@@ -131,7 +131,7 @@ class Probe(Protocol):
 
         Args:
             inputs: tensors by input name.
-            sink: called once per site.
+            sink: called once per site; a second observation of a site replaces the first.
             detail: also the sites of `divergence.sites.DETAIL_TENSORS`.
             progress: told about long work.
 

@@ -1,0 +1,5 @@
+"""The PyTorch probe."""
+
+from divergence.probes.pytorch.probe import PyTorchProbe
+
+__all__ = ["PyTorchProbe"]

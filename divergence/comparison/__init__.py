@@ -1,0 +1,41 @@
+"""Comparison: how two tensors differ.
+
+`metrics` holds the definitions, `cpu` the implementation that compares on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from divergence.comparison.metrics import Metrics
+    from divergence.comparison.views import Values
+
+__all__ = ["compare_tensors"]
+
+
+def compare_tensors(
+    ref: Values, cand: Values, *, axes: tuple[str, ...] = (), mask: Values | None = None
+) -> Metrics:
+    """Compares a candidate tensor with its reference, exactly and in one pass.
+
+    Args:
+        ref: the reference: a torch tensor or numpy array of real numbers, on any device, of any
+            strides, memory-mapped or not.
+        cand: the candidate; another dtype or device is fine, another shape is not.
+        axes: a name for each axis, from `batch`, `head`, `token`, `channel`. Without names the last
+            axis is the channel, the one before it the token, the first of the rest the batch; what
+            is left between batch and token counts as heads.
+        mask: `[batch, token]`, True where a token is valid; all are if there is none. Padded tokens
+            count for `padded_max_abs` and `bit_equal` only.
+
+    Returns:
+        The metrics; `divergence.comparison.metrics` defines each.
+
+    Raises:
+        AlignmentError: the shapes differ, there are no elements, the names or the mask do not fit,
+            or the values are not real numbers.
+    """
+    from divergence.comparison.cpu import compare
+
+    return compare(ref, cand, axes=axes, mask=mask)

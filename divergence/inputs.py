@@ -1,0 +1,312 @@
+"""Inputs: the tensors that a source is run on, and which of their tokens are padding."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from divergence.errors import DivergenceError, InputError, SourceError, nearest, one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FORMS = "a .safetensors or .npz file, FILE.py:FUNC or MODULE:FUNC"
+_PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle"})
+_MODALITIES = ("vision", "visual", "image", "video", "audio", "speech")
+
+
+def load_inputs(spec: str, base: Path) -> dict[str, torch.Tensor]:
+    """Loads inputs.
+
+    Args:
+        spec: a `.safetensors` or `.npz` file, or `FILE.py:FUNC` or `MODULE:FUNC` naming a function
+            without arguments that returns a mapping of input names to tensors or numpy arrays.
+        base: folder that a relative file, or the module, is looked for in.
+
+    Returns:
+        Tensors by input name, in the order of the file or mapping. Arrays are not copied unless
+        they are read-only or in a layout that torch does not have. NaN and infinities are kept.
+
+    Raises:
+        InputError: there is no such file or function, it is a pickle, it fails, or gives no tensors.
+    """
+    if ":" in spec and Path(spec).suffix not in {".safetensors", ".npz"}:
+        return _from_function(spec, base)
+    file = base / spec
+    suffix = file.suffix.lower()
+    if suffix in _PICKLES:
+        raise InputError(
+            f"{file}: a {suffix} file is a pickle, which runs code when it is opened; save the tensors with "
+            "safetensors.torch.save_file(tensors, 'inputs.safetensors') instead"
+        )
+    if suffix not in {".safetensors", ".npz"}:
+        raise InputError(f"{file}: inputs cannot be read from this; give {FORMS}")
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; give {FORMS}")
+    loaded = _load_safetensors(file) if suffix == ".safetensors" else _load_npz(file)
+    return _checked(loaded, str(file))
+
+
+def digest(inputs: Mapping[str, torch.Tensor]) -> str:
+    """Digest (16 hex digits) of names, shapes, dtypes and contents, whatever the order or device."""
+    import torch
+
+    found = hashlib.sha256()
+    for name in sorted(inputs):
+        tensor = inputs[name].detach()
+        header = [name, list(tensor.shape), str(tensor.dtype)]
+        found.update(json.dumps(header).encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def token_masks(
+    inputs: Mapping[str, torch.Tensor], stacks: Iterable[str], mask: str | None = None
+) -> dict[str, torch.Tensor]:
+    """Which tokens are valid, by stack.
+
+    `attention_mask` counts for every stack, under the name `""`, but where there are several:
+
+    - with encoders among them (T5, Whisper) it belongs to these, and `decoder_attention_mask`, if
+      there is one, to the decoders;
+    - a stack of another modality (named after vision, audio, ...) has tokens of its own.
+
+    A stack without a mask, of its own or under `""`, has valid tokens only. A mask may be longer than
+    a run's tokens where it covers cached ones: these come first.
+
+    Args:
+        inputs: the run's inputs. A mask is `[batch, token]`, of booleans, of integers (0 is
+            padding) or of floats 0 and 1; masks of other ranks and additive ones are passed over.
+        stacks: names of the layer stacks.
+        mask: name of the input that is the mask of all stacks, instead of the above.
+
+    Returns:
+        Boolean masks `[batch, token]`, true at valid tokens.
+
+    Raises:
+        InputError: `mask` is no input or no mask, or a mask leaves no token valid.
+    """
+    if mask is not None:
+        if mask not in inputs:
+            raise InputError(f"mask '{mask}' is not an input{nearest(mask, inputs)}")
+        found = _as_mask(mask, inputs[mask])
+        if found is None:
+            raise InputError(
+                f"mask '{mask}' has shape {list(inputs[mask].shape)} and dtype {inputs[mask].dtype}; "
+                "a mask is [batch, token] and holds 0 at padding and 1 elsewhere"
+            )
+        return {"": found}
+    given = {
+        name: found
+        for name in ("attention_mask", "decoder_attention_mask")
+        if name in inputs and (found := _as_mask(name, inputs[name])) is not None
+    }
+    names = list(stacks)
+    masks: dict[str, torch.Tensor] = {}
+    if len(names) <= 1:
+        only = given.get("attention_mask", given.get("decoder_attention_mask"))
+        return {} if only is None else {"": only}
+    text = [name for name in names if not any(word in name for word in _MODALITIES)]
+    encoders = [name for name in text if "encoder" in name]
+    decoders = [name for name in text if "decoder" in name]
+    if "attention_mask" in given:
+        if encoders:
+            masks.update(dict.fromkeys(encoders, given["attention_mask"]))
+        elif len(text) == len(names):
+            masks[""] = given["attention_mask"]
+        else:
+            masks.update(dict.fromkeys(text, given["attention_mask"]))
+    if "decoder_attention_mask" in given:
+        masks.update(dict.fromkeys(decoders, given["decoder_attention_mask"]))
+    return masks
+
+
+def import_callable(spec: str, base: Path) -> Callable[..., Any]:
+    """Imports the callable that `spec` names.
+
+    The folder of the file, or `base` for a module, is put first on `sys.path`, as `python FILE.py`
+    does, and stays there: the function may import its neighbours when it is called. A file is run
+    anew every time, so that an edit counts.
+
+    Args:
+        spec: `FILE.py:FUNC` or `MODULE:FUNC`; `FUNC` may be dotted (`Class.method`).
+        base: folder that a relative file, or the module, is looked for in.
+
+    Raises:
+        SourceError: there is no such file, module or callable, or importing it raises.
+    """
+    target, separator, function = spec.rpartition(":")
+    if not separator or not target or not function:
+        raise SourceError(f"'{spec}' names no function; write it as FILE.py:FUNC or MODULE:FUNC")
+    module = _import_file(base / target) if target.endswith(".py") else _import_module(target, base)
+    found: Any = module
+    for part in function.split("."):
+        if not hasattr(found, part):
+            known = [n for n in dir(found) if not n.startswith("_") and callable(getattr(found, n))]
+            raise SourceError(f"{target}: has no function '{function}'{nearest(part, known)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SourceError(f"{target}: '{function}' is {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def describe_exception(error: BaseException, file: str | None = None) -> str:
+    """What a user's code raised, in one line: type, message, and the line of the user's file.
+
+    Args:
+        error: the exception.
+        file: path of the user's file; without it, or where no frame is in it, the innermost frame counts.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{one_line(error)} at {Path(error.filename).name}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == file] or list(frames)
+    return (
+        f"{one_line(error)} at {Path(own[-1].filename).name}, line {own[-1].lineno}"
+        if own
+        else one_line(error)
+    )
+
+
+def _import_file(file: Path) -> ModuleType:
+    file = file.absolute()
+    if not file.is_file():
+        siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise SourceError(f"{file}: no such file{nearest(file.name, siblings)}")
+    _put_on_path(file.parent)
+    name = f"divergence_user_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{file}: cannot be imported as a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and pickling look a class's module up by name while and after it is made.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise SourceError(f"{file}: cannot be imported: {describe_exception(error, str(file))}") from error
+    return module
+
+
+def _import_module(name: str, base: Path) -> ModuleType:
+    _put_on_path(base.absolute())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
+            raise SourceError(f"module {name}: cannot be imported: {describe_exception(error)}") from error
+        raise SourceError(
+            f"module {name}: not found in {base.absolute()} nor installed; write a file as FILE.py:FUNC"
+        ) from error
+    except (Exception, SystemExit) as error:
+        raise SourceError(f"module {name}: cannot be imported: {describe_exception(error)}") from error
+
+
+def _put_on_path(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def _from_function(spec: str, base: Path) -> dict[str, torch.Tensor]:
+    try:
+        function = import_callable(spec, base)
+    except SourceError as error:
+        raise InputError(f"inputs: {error}") from error
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    try:
+        made = function()
+    except DivergenceError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise InputError(f"inputs: {spec} raised {describe_exception(error, file)}") from error
+    if not isinstance(made, Mapping):
+        raise InputError(
+            f"inputs: {spec} returned {type(made).__name__}; "
+            "return a mapping of input names to tensors or arrays"
+        )
+    return _checked(made, spec)
+
+
+def _load_safetensors(file: Path) -> Mapping[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: cannot be read ({one_line(error)}); save it again") from error
+
+
+def _load_npz(file: Path) -> Mapping[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{file}: cannot be read ({one_line(error)}); "
+            "save numeric arrays with numpy.savez(file, name=array)"
+        ) from error
+
+
+def _checked(made: Mapping[Any, Any], where: str) -> dict[str, torch.Tensor]:
+    if not made:
+        raise InputError(f"inputs: {where} is empty; give the model's inputs by name")
+    tensors = {}
+    for name, value in made.items():
+        if not isinstance(name, str) or not name:
+            raise InputError(f"inputs: {where} has the name {name!r}; names of inputs are texts")
+        tensors[name] = _as_tensor(value, f"input '{name}' of {where}")
+    return tensors
+
+
+def _as_tensor(value: Any, where: str) -> torch.Tensor:
+    import numpy as np
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if not isinstance(value, np.ndarray | np.generic):
+        raise InputError(f"{where} is {type(value).__name__}; give a torch tensor or a numpy array")
+    array = np.asarray(value)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # Torch has neither negative strides nor read-only memory, in which a model may write.
+    if not array.flags.writeable or any(stride < 0 for stride in array.strides):
+        array = array.copy()
+    # bfloat16 and fp8 of ml_dtypes are opaque to torch: it gets the bits and is told what they are.
+    dtype = getattr(torch, array.dtype.name, None)
+    if array.dtype.kind == "V" and isinstance(dtype, torch.dtype):
+        bits = np.dtype(f"u{array.dtype.itemsize}")
+        return torch.from_numpy(array.view(bits)).view(dtype)
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise InputError(f"{where} has dtype {array.dtype}, which torch does not have") from error
+
+
+def _as_mask(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """`tensor` as a boolean mask, or None where it is none."""
+    if tensor.ndim != 2 or tensor.is_complex():
+        return None
+    if tensor.is_floating_point() and not bool(((tensor == 0) | (tensor == 1)).all()):
+        return None
+    found = tensor != 0
+    if not bool(found.any()):
+        raise InputError(f"input '{name}' marks every token as padding, which leaves nothing to compare")
+    return found

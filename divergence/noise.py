@@ -1,0 +1,109 @@
+"""The noise floor: how far the reference itself is off when it runs in the candidate's precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from divergence.comparison import compare_tensors
+from divergence.emulation import cast, reduced
+from divergence.errors import SourceError, one_line
+from divergence.precision import UNIT_ROUNDOFF
+from divergence.probes import Observation, Progress, silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from divergence.capture import Capture
+    from divergence.comparison.metrics import Metrics
+    from divergence.probes.pytorch import PyTorchProbe
+    from divergence.sites import Site
+
+# The reference's own rounding is judged against a run with this many more bits.
+_FINER = {"fp32": "fp64", "tf32": "fp32", "fp16": "fp32", "bf16": "fp32"}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """A noise floor.
+
+    Attributes:
+        rel_l2: relative L2 error of the whole tensor.
+        row_rel_l2: median over tokens of the relative L2 error.
+        overflow: the reference itself is not finite there in this precision.
+    """
+
+    rel_l2: float
+    row_rel_l2: float
+    overflow: bool = False
+
+    @classmethod
+    def of(cls, metrics: Metrics, precision: str) -> Floor:
+        """The floor that `metrics` measured, not below one rounding of `precision`."""
+        least = UNIT_ROUNDOFF[precision]
+        return cls(
+            max(metrics.rel_l2 or 0.0, least),
+            max(metrics.row_rel_l2 or 0.0, least),
+            metrics.compared < metrics.elements - metrics.ref_nonfinite,
+        )
+
+    def ratio(self, metrics: Metrics) -> float | None:
+        """Error over floor, the worse of whole tensor and median token; None without an error."""
+        pairs = ((metrics.rel_l2, self.rel_l2), (metrics.row_rel_l2, self.row_rel_l2))
+        return max((error / floor for error, floor in pairs if error is not None), default=None)
+
+
+MaskOf = Callable[["Site", "Tensor"], "Tensor | None"]
+
+
+def emulated(reference: str | None, precision: str) -> str:
+    """The precision to run the reference in for the floor of `precision`: that one, or, where the
+    reference already runs in it, a finer one, whose difference is the reference's own rounding."""
+    if precision == reference or (precision == "fp32" and reference in (None, "fp32")):
+        return _FINER.get(precision, precision)
+    return precision
+
+
+def measure(
+    probe: PyTorchProbe,
+    inputs: Mapping[str, Tensor],
+    reference: Capture,
+    precision: str,
+    mask_of: MaskOf,
+    *,
+    detail: bool = False,
+    progress: Progress = silent,
+) -> dict[Site, Floor]:
+    """Runs the reference once more in `precision` and compares as it goes; nothing is stored.
+
+    Raises:
+        SourceError: the reference cannot run in that precision.
+    """
+    run_in = emulated(reference.facts.precision, precision)
+    floors: dict[Site, Floor] = {}
+
+    def compare(seen: Observation) -> None:
+        entry = reference.entries.get(seen.site)
+        if entry is None or entry.shape != tuple(seen.tensor.shape):
+            return
+        ref = reference.tensor(seen.site)
+        stored = seen.tensor if run_in == "fp64" else cast(seen.tensor, run_in)
+        metrics = compare_tensors(ref, stored, axes=entry.axes, mask=mask_of(seen.site, ref))
+        floors[seen.site] = Floor.of(metrics, precision)
+
+    layers = [layer for stack in probe.stacks for layer in stack.layers]
+    moved = {name: cast(tensor, run_in) for name, tensor in inputs.items()}
+
+    def shown(label: str, done: int, total: int) -> None:
+        progress(f"noise floor: the reference in {run_in}", done, total)
+
+    try:
+        with reduced(layers, run_in, rest=probe.model):
+            probe.run(moved, compare, detail=detail, progress=shown)
+    except SourceError as error:
+        raise SourceError(
+            f"the reference cannot run in {run_in} for the noise floor ({one_line(error)}); "
+            "judge by absolute limits (--tolerance rel_l2=1e-2) or give --floor SRC"
+        ) from error
+    return floors

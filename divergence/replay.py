@@ -1,0 +1,227 @@
+"""Replay: the reference's layers on the candidate's own inputs to them.
+
+What a layer of the candidate adds to the error is its output against the *reference's* layer run
+on what the candidate fed into that layer: **introduced** error. It needs nothing from the
+candidate but its hidden states. The floor of the same layer is taken in the same way, in the
+candidate's precision. What lies outside the layers (embedding, what joins two stacks, final norm
+and head) is replayed by running the model with its layers replaced by their recorded outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from divergence.comparison import compare_tensors
+from divergence.emulation import cast, reduced
+from divergence.errors import one_line
+from divergence.noise import Floor, MaskOf, emulated
+from divergence.probes import Observation, Progress, silent
+from divergence.probes.pytorch.observer import (
+    LayerCall,
+    LayerObserver,
+    replaced,
+    snapshot,
+    with_first_tensor,
+    wrapped,
+)
+from divergence.probes.pytorch.probe import device_of, evaluating, output_leaves
+from divergence.sites import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from divergence.comparison.metrics import Metrics
+    from divergence.probes.pytorch import PyTorchProbe
+
+
+@dataclass(frozen=True)
+class Introduced:
+    """What a layer added.
+
+    Attributes:
+        metrics: candidate against the reference's layer on the candidate's input.
+        floor: error of that layer itself in the candidate's precision, on the same input.
+    """
+
+    metrics: Metrics
+    floor: Floor
+
+    @property
+    def ratio(self) -> float | None:
+        """Introduced error over floor."""
+        return self.floor.ratio(self.metrics)
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """Introduced errors by site, and what could not be replayed, in words."""
+
+    introduced: Mapping[Site, Introduced]
+    notes: tuple[str, ...] = ()
+
+
+Tensors = Callable[[Site], "Tensor | None"]
+
+
+class Replayer:
+    """Replays the layers of a reference.
+
+    Args:
+        probe: the reference, after a run with `record=True`.
+        inputs: what that run was given.
+        reference: the reference's tensor at a site, or None.
+        candidate: the candidate's tensor at a site in the reference's layout, or None.
+        precision: the candidate's.
+        axes_of, mask_of: axes and valid tokens of a site's tensor.
+    """
+
+    def __init__(
+        self,
+        probe: PyTorchProbe,
+        inputs: Mapping[str, Tensor],
+        reference: Tensors,
+        candidate: Tensors,
+        precision: str,
+        axes_of: Callable[[Site], tuple[str, ...]],
+        mask_of: MaskOf,
+    ) -> None:
+        self._probe = probe
+        self._inputs = inputs
+        self._reference = reference
+        self._candidate = candidate
+        self._precision = precision
+        self._run_in = emulated(
+            "fp32" if next(probe.model.parameters()).dtype is torch.float32 else None, precision
+        )
+        self._axes_of = axes_of
+        self._mask_of = mask_of
+        self._device = device_of(probe.model)
+        self._dtype = next(probe.model.parameters()).dtype
+
+    def run(self, progress: Progress = silent) -> ReplayResult:
+        """Replays every call of every layer whose input the candidate shows, then the rest."""
+        found: dict[Site, Introduced] = {}
+        notes: list[str] = []
+        starts, outputs = self._outside(notes)
+        total = len(self._probe.calls)
+        with evaluating(self._probe.model), torch.inference_mode():
+            for done, call in enumerate(self._probe.calls, 1):
+                found.update(self._layer(call, starts))
+                progress("replaying layers of the reference", done, total)
+        found.update(outputs)
+        return ReplayResult(found, tuple(notes))
+
+    def _layer(self, call: LayerCall, starts: Mapping[tuple[str, int], Tensor]) -> dict[Site, Introduced]:
+        site = Site(call.layer, "hidden", call.stack, call.call)
+        if call.hidden_at is None:
+            return {}
+        if call.layer == 0:
+            hidden = starts.get((call.stack, call.call), call.first_input)
+        else:
+            hidden = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
+        if hidden is None:
+            return {}
+        hidden = hidden.to(self._device, self._dtype)
+        exact = self._call(call, hidden, None)
+        rough = self._call(call, hidden, self._run_in)
+        return self._introduced(
+            {site.with_tensor(tensor): value for tensor, value in exact.items()},
+            {site.with_tensor(tensor): value for tensor, value in rough.items()},
+        )
+
+    def _call(self, call: LayerCall, hidden: Tensor, run_in: str | None) -> dict[str, Tensor]:
+        """Tensors of the layer run on `hidden`, by name."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(observation: Observation) -> None:
+            seen[observation.site.tensor] = observation.tensor
+
+        assert call.hidden_at is not None
+        args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
+        args = tuple(snapshot(value) for value in args)
+        kwargs = {name: snapshot(value) for name, value in kwargs.items()}
+        # Only this layer is watched, under its own index: caches are read by it.
+        stacks = [stack for stack in self._probe.stacks if stack.name == call.stack]
+        with contextlib.ExitStack() as active:
+            active.enter_context(LayerObserver(stacks, keep, only=call.layer))
+            if run_in is not None:
+                active.enter_context(reduced([call.module], run_in))
+            call.module(*args, **kwargs)
+        return seen
+
+    def _outside(
+        self, notes: list[str]
+    ) -> tuple[dict[tuple[str, int], Tensor], dict[Site, Introduced]]:
+        """Runs the model around its layers: the input of every stack's first layer, and the model's
+        outputs, on the candidate's hidden states."""
+        try:
+            starts, exact = self._shell(None)
+            _, rough = self._shell(self._run_in)
+        except Exception as error:
+            # The model does something with its layers' outputs that recorded ones do not allow.
+            notes.append(
+                f"what lies outside the layers could not be replayed ({one_line(error)}); "
+                "its error is judged cumulatively"
+            )
+            return {}, {}
+        outputs = self._introduced(
+            {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
+        )
+        return starts, outputs
+
+    def _shell(self, run_in: str | None) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
+        starts: dict[tuple[str, int], Tensor] = {}
+        recorded = {(c.stack, c.layer, c.call): c for c in self._probe.calls}
+        counts: dict[tuple[str, int], int] = {}
+
+        def stub(stack: str, layer: int) -> Callable[..., Any]:
+            def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                count = counts[stack, layer] = counts.get((stack, layer), 0) + 1
+                record = recorded[stack, layer, count]
+                if layer == 0 and record.hidden_at is not None:
+                    at = record.hidden_at
+                    starts[stack, count] = args[at] if isinstance(at, int) else kwargs[at]
+                site = Site(layer, "hidden", stack, count)
+                hidden = self._candidate(site)
+                hidden = self._reference(site) if hidden is None else hidden
+                if hidden is None:
+                    raise LookupError(f"no hidden state at {site}")
+                hidden = hidden.to(self._device, self._dtype)
+                return with_first_tensor(record.output, hidden if run_in is None else cast(hidden, run_in))
+
+            return call
+
+        model = self._probe.model
+        inputs = {name: tensor.to(self._device) for name, tensor in self._inputs.items()}
+        with contextlib.ExitStack() as active:
+            active.enter_context(evaluating(model))
+            active.enter_context(torch.inference_mode())
+            layers = [layer for stack in self._probe.stacks for layer in stack.layers]
+            if run_in is not None:
+                active.enter_context(reduced(layers, run_in, rest=model))
+                inputs = cast(inputs, run_in)
+            for stack in self._probe.stacks:
+                for index, layer in enumerate(dict.fromkeys(stack.layers)):
+                    active.enter_context(wrapped(layer, stub(stack.name, index)))
+            outputs = model(**inputs)
+        return starts, dict(output_leaves(outputs))
+
+    def _introduced(
+        self, exact: Mapping[Site, Tensor], rough: Mapping[Site, Tensor]
+    ) -> dict[Site, Introduced]:
+        found = {}
+        for site, value in exact.items():
+            candidate = self._candidate(site)
+            if candidate is None or candidate.shape != value.shape or site not in rough:
+                continue
+            axes, mask = self._axes_of(site), self._mask_of(site, value)
+            stored = rough[site] if self._run_in == "fp64" else cast(rough[site], self._run_in)
+            floor = Floor.of(compare_tensors(value, stored, axes=axes, mask=mask), self._precision)
+            metrics = compare_tensors(value, candidate, axes=axes, mask=mask)
+            found[site] = Introduced(metrics, floor)
+        return found

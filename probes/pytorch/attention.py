@@ -1,0 +1,157 @@
+"""Sees what reaches the attention product, without touching it.
+
+`AttentionWatch` is a torch function mode: it sees calls of `scaled_dot_product_attention`, and in
+explicit attention the product before a softmax (query times key) and the one after it
+(probabilities times value).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_MATMULS = frozenset(
+    {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum, torch.baddbmm}
+)
+_SOFTMAX = frozenset({torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax})
+_EINSUM = re.compile(r"^([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)$")
+
+
+@dataclass
+class Product:
+    """One attention product as it was seen.
+
+    Attributes:
+        query, key, value: `[batch, head, token, channel]`; key and value with the heads repeated
+            where the model repeats them before the product.
+        how: in words.
+    """
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    how: str
+
+
+class AttentionWatch(TorchFunctionMode):
+    """Reports every attention product to `seen` while active.
+
+    Args:
+        seen: called with each product; an explicit product is reported when its value is known.
+    """
+
+    def __init__(self, seen: Callable[[Product], None]) -> None:
+        super().__init__()
+        self._seen = seen
+        # Products of the current module call that may turn out to be scores, newest last.
+        self._scores: list[tuple[torch.Size, Tensor, Tensor]] = []
+        self._pending: tuple[torch.Size, Tensor, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drops what was seen so far (a layer begins or ends)."""
+        self._scores.clear()
+        self._pending = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is functional.scaled_dot_product_attention:
+            self._sdpa(args, kwargs)
+        elif func in _MATMULS:
+            self._matmul(func, args, kwargs, result)
+        elif func in _SOFTMAX and isinstance(result, Tensor) and result.dim() >= 3:
+            self._softmax(result)
+        return result
+
+    def _sdpa(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        self._seen(
+            Product(named["query"], named["key"], named["value"], "what reaches scaled_dot_product_attention")
+        )
+
+    def _matmul(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
+        operands = _operands(func, args, kwargs)
+        if operands is None or not isinstance(result, Tensor):
+            return
+        left, right = operands
+        if self._pending is not None and _same_scores(left.shape, self._pending[0]):
+            _, query, key = self._pending
+            self._pending = None
+            self._seen(Product(query, key, right, "what reaches the attention product"))
+            return
+        self._scores.append((result.shape, left, right.transpose(-1, -2)))
+        del self._scores[:-4]
+
+    def _softmax(self, result: Tensor) -> None:
+        for shape, query, key in reversed(self._scores):
+            if _same_scores(shape, result.shape):
+                self._pending = (result.shape, query, key)
+                self._scores.clear()
+                return
+
+
+def _same_scores(product: torch.Size, softmax: torch.Size) -> bool:
+    """A bmm over folded heads `[batch * head, q, k]` may reach softmax as `[batch, head, q, k]`."""
+    return product[-2:] == softmax[-2:] and product.numel() == softmax.numel()
+
+
+def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Left and right operand of a batched product, as `[..., rows, inner]` and `[..., inner, columns]`."""
+    if func is torch.einsum:
+        return _einsum_operands(args)
+    if func is torch.baddbmm:
+        args = args[1:]
+    values = [*args, *kwargs.values()]
+    if len(values) < 2 or not all(isinstance(v, Tensor) for v in values[:2]):
+        return None
+    left, right = values[0], values[1]
+    if left.dim() < 3 or right.dim() < 3:
+        return None
+    return left, right
+
+
+def _einsum_operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """Brings `bhqd,bhkd->bhqk` and `bhqk,bhkd->bhqd` (any letters, any axis order) to matmul form."""
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    match = _EINSUM.match(args[0].replace(" ", "")) if isinstance(args[0], str) else None
+    if match is None or len(operands) != 2 or not all(isinstance(x, Tensor) for x in operands):
+        return None
+    left, right, out = match.groups()
+    inner = [c for c in left if c in right and c not in out]
+    rows = [c for c in left if c not in right]
+    columns = [c for c in right if c not in left]
+    if not (len(inner) == len(rows) == len(columns) == 1):
+        return None
+    batch = "".join(c for c in left if c in right and c in out)
+    a = torch.einsum(f"{left}->{batch}{rows[0]}{inner[0]}", operands[0])
+    b = torch.einsum(f"{right}->{batch}{inner[0]}{columns[0]}", operands[1])
+    return (a, b) if a.dim() >= 3 else None
+
+
+def unrepeat(tensor: Tensor) -> tuple[Tensor, int]:
+    """Undoes the repetition of key-value heads: `[batch, head, token, channel]` in which every
+    `g` neighbouring heads are equal becomes `[batch, head / g, token, channel]`.
+
+    Returns:
+        The tensor (a view) and the largest such `g`.
+    """
+    heads = tensor.shape[1]
+    for group in range(heads, 1, -1):
+        if heads % group:
+            continue
+        grouped = tensor.unflatten(1, (heads // group, group))
+        # Neighbours first: nearly always decides at once.
+        if not torch.equal(grouped[:, :, 0], grouped[:, :, 1]):
+            continue
+        if torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):
+            return grouped[:, :, 0], group
+    return tensor, 1

@@ -1,0 +1,412 @@
+"""Watches the layers of a PyTorch model while it runs, and hands over what its sites held.
+
+The forward of every layer is wrapped for the duration (an attribute of the instance, removed
+again whatever happens), rather than hooked: hooks switch off the fused path of
+`nn.TransformerEncoderLayer` and with it change the model's outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divergence.probes import Observation, Sink
+from divergence.probes.pytorch.attention import AttentionWatch, Product, unrepeat
+from divergence.probes.pytorch.stacks import Stack
+from divergence.sites import HEAD_AXES, HIDDEN_AXES, Site
+
+_CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|multihead_attn", re.IGNORECASE)
+_HIDDEN_NAMES = ("hidden_states", "hidden", "x", "src", "tgt", "input", "inputs")
+_PROJECTIONS = {
+    "key": ("k_proj", "key", "k", "wk", "to_k", "key_proj", "k_lin"),
+    "value": ("v_proj", "value", "v", "wv", "to_v", "value_proj", "v_lin"),
+}
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer within a run, kept so that it can be replayed.
+
+    Attributes:
+        stack, layer, call: the address.
+        module: the layer.
+        args, kwargs: what it was called with; the hidden input is taken out.
+        hidden_at: where the hidden input belongs: position in `args` or name in `kwargs`.
+        first_input: the hidden input itself, kept for the first layer of a stack only
+            `[batch, token, channel]`.
+        output: what it returned; the hidden output is taken out.
+    """
+
+    stack: str
+    layer: int
+    call: int
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_at: int | str | None = None
+    first_input: Tensor | None = None
+    output: Any = None
+
+
+@dataclass
+class _Current:
+    """The layer call that is running."""
+
+    site: Site
+    path: list[str] = field(default_factory=list)
+    products: list[tuple[Product, str]] = field(default_factory=list)
+    projections: dict[str, Tensor] = field(default_factory=dict)
+    inner: list[tuple[str, nn.Module, Tensor]] = field(default_factory=list)
+
+
+class LayerObserver:
+    """Observes the layers of `stacks` while used as a context manager.
+
+    Args:
+        stacks: the layers.
+        sink: receives every observation.
+        detail: also the sites of `divergence.sites.DETAIL_TENSORS`.
+        record: keep a `LayerCall` per call in `calls`.
+        only: watch the layer of this index alone.
+    """
+
+    def __init__(
+        self,
+        stacks: Sequence[Stack],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        record: bool = False,
+        only: int | None = None,
+    ) -> None:
+        self.calls: list[LayerCall] = []
+        self.order: list[str] = []
+        self._stacks = stacks
+        self._sink = sink
+        self._detail = detail
+        self._record = record
+        self._only = only
+        self._counts: dict[tuple[str, int], int] = {}
+        self._current: list[_Current] = []
+        self._last_hidden: Tensor | None = None
+        self._exit = contextlib.ExitStack()
+        self._watch = AttentionWatch(self._seen)
+
+    def __enter__(self) -> LayerObserver:
+        with contextlib.ExitStack() as building:
+            for stack in self._stacks:
+                for index, layer in enumerate(dict.fromkeys(stack.layers)):
+                    if self._only not in (None, index):
+                        continue
+                    building.enter_context(wrapped(layer, self._layer_wrapper(stack, index)))
+                    for name, inner in layer.named_modules():
+                        if name and self._is_watched(name, inner):
+                            building.enter_context(wrapped(inner, self._inner_wrapper(name, inner)))
+            building.enter_context(self._watch)
+            self._exit = building.pop_all()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._exit.close()
+
+    def _is_watched(self, name: str, inner: nn.Module) -> bool:
+        has_children = any(True for _ in inner.children())
+        leaf = name.rsplit(".", 1)[-1]
+        return has_children or self._detail or any(leaf in names for names in _PROJECTIONS.values())
+
+    def _layer_wrapper(self, stack: Stack, index: int) -> Callable[..., Any]:
+        def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            count = self._counts[stack.name, index] = self._counts.get((stack.name, index), 0) + 1
+            if stack.name not in self.order:
+                self.order.append(stack.name)
+            current = _Current(Site(index, "hidden", stack.name, count))
+            record = self._begin(stack, current, args, kwargs) if self._record else None
+            self._current.append(current)
+            self._watch.forget()
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                self._current.pop()
+                self._watch.forget()
+            self._finish(current, args, kwargs, output, record)
+            return output
+
+        return call
+
+    def _inner_wrapper(self, name: str, inner: nn.Module) -> Callable[..., Any]:
+        leaf = name.rsplit(".", 1)[-1]
+        role = next((tensor for tensor, names in _PROJECTIONS.items() if leaf in names), None)
+
+        def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if not self._current:
+                return forward(*args, **kwargs)
+            current = self._current[-1]
+            current.path.append(name)
+            try:
+                output = forward(*args, **kwargs)
+            finally:
+                current.path.pop()
+            tensor = first_tensor(output)
+            if tensor is not None and role is not None:
+                current.projections.setdefault(role, tensor)
+            if tensor is not None and self._detail:
+                current.inner.append((name, inner, tensor))
+            return output
+
+        return call
+
+    def _seen(self, product: Product) -> None:
+        if self._current:
+            current = self._current[-1]
+            current.products.append((product, current.path[-1] if current.path else ""))
+
+    def _begin(
+        self, stack: Stack, current: _Current, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> LayerCall:
+        site = current.site
+        assert site.layer is not None
+        call = LayerCall(
+            stack.name, site.layer, site.call, stack.layers[site.layer], args, dict(kwargs)
+        )
+        call.hidden_at = _find_hidden(args, kwargs, self._last_hidden)
+        if call.hidden_at is not None:
+            hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
+            if site.layer == 0:
+                call.first_input = hidden.detach().clone()
+            call.args, call.kwargs = replaced(args, kwargs, call.hidden_at, None)
+        call.args = tuple(snapshot(value) for value in call.args)
+        call.kwargs = {name: snapshot(value) for name, value in call.kwargs.items()}
+        self.calls.append(call)
+        return call
+
+    def _finish(
+        self,
+        current: _Current,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        record: LayerCall | None,
+    ) -> None:
+        hidden = first_tensor(output)
+        if hidden is None:
+            return
+        self._last_hidden = hidden
+        if record is not None:
+            record.output = with_first_tensor(output, None)
+        site = current.site
+        if self._detail:
+            self._emit_detail(current)
+        self._emit_keys(current, args, kwargs, batch=hidden.shape[0])
+        axes = HIDDEN_AXES if hidden.dim() == 3 else HIDDEN_AXES[-hidden.dim() :] if hidden.dim() == 2 else ()
+        self._sink(Observation(site, hidden, axes, "output of the layer"))
+
+    def _emit_keys(
+        self, current: _Current, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int
+    ) -> None:
+        """Key and value of every attention in the layer: what the cache holds, else what reaches
+        the attention product, else the projections' outputs."""
+        site = current.site
+        caches = _caches(args, kwargs)
+        emitted: set[str] = set()
+        for product, path in current.products:
+            cross = bool(_CROSS.search(path)) or "key" in emitted
+            for tensor in ("key", "value"):
+                name = f"cross_{tensor}" if cross else tensor
+                seen = unfolded(getattr(product, tensor), batch)
+                if name in emitted or seen is None or seen.dim() != 4:
+                    continue
+                kept, how = unrepeat(seen)[0], product.how
+                cached = _cached(caches, site.layer, name)
+                if cached is not None and cached.shape == kept.shape:
+                    kept, how = cached, "cache"
+                emitted.add(name)
+                self._sink(Observation(site.with_tensor(name), kept, HEAD_AXES, how))
+        for tensor in ("key", "value"):
+            if tensor in emitted:
+                continue
+            cached = _cached(caches, site.layer, tensor)
+            if cached is not None:
+                self._sink(Observation(site.with_tensor(tensor), cached, HEAD_AXES, "cache"))
+            elif tensor in current.projections:
+                found = f"output of the {tensor} projection, before any rotary embedding"
+                self._sink(
+                    Observation(site.with_tensor(tensor), current.projections[tensor], HIDDEN_AXES, found)
+                )
+
+    def _emit_detail(self, current: _Current) -> None:
+        site = current.site
+        attention = next((path for _, path in current.products), None)
+        if current.products:
+            query = unfolded(current.products[0][0].query, 0)
+            if query is not None and query.dim() == 4:
+                self._sink(
+                    Observation(site.with_tensor("query"), query, HEAD_AXES, current.products[0][0].how)
+                )
+        for tensor, (name, value) in _roles(current.inner, attention).items():
+            axes = HIDDEN_AXES if value.dim() == 3 else ()
+            self._sink(Observation(site.with_tensor(tensor), value, axes, f"output of {name}"))
+
+
+def _roles(
+    inner: Sequence[tuple[str, nn.Module, Tensor]], attention: str | None
+) -> dict[str, tuple[str, Tensor]]:
+    """Which submodules of a layer are its norms, its attention and its MLP, by where they stand
+    relative to the attention product and by class name."""
+    top = attention.split(".")[0] if attention else None
+    roles: dict[str, tuple[str, Tensor]] = {}
+    after = False
+    for name, module, value in inner:
+        if name == top:
+            roles["attention"] = (name, value)
+            after = True
+        elif "." in name and not name.startswith("layer."):
+            continue
+        elif "norm" in type(module).__name__.lower() or name.startswith("ln"):
+            roles.setdefault("post_norm" if after else "input_norm", (name, value))
+        elif after and _CROSS.search(name):
+            roles["cross_attention"] = (name, value)
+        elif after and any(True for _ in module.children()):
+            roles["mlp"] = (name, value)
+    return roles
+
+
+@contextlib.contextmanager
+def wrapped(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Calls `wrapper(forward, *args, **kwargs)` in place of `module.forward` for the duration."""
+    had = "forward" in module.__dict__
+    forward = module.forward
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(forward, *args, **kwargs)
+
+    object.__setattr__(module, "forward", replacement)
+    try:
+        yield
+    finally:
+        if had:
+            object.__setattr__(module, "forward", forward)
+        else:
+            object.__delattr__(module, "forward")
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The hidden state in what a layer returned: the tensor itself, a field of that name, or the
+    first tensor of a sequence or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for name in ("hidden_states", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                return output[name]  # type: ignore[no-any-return]
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        return next((value for value in output if isinstance(value, Tensor)), None)
+    return None
+
+
+def with_first_tensor(output: Any, tensor: Tensor | None) -> Any:
+    """`output` with its hidden state (see `first_tensor`; None marks a hole left by this function)
+    replaced by `tensor`."""
+    if isinstance(output, Tensor) or output is None:
+        return tensor
+    if isinstance(output, Mapping):
+        names = [n for n, v in output.items() if isinstance(v, Tensor) or v is None]
+        name = next((n for n in ("hidden_states", "last_hidden_state") if n in names), names[0])
+        replacement = copy.copy(output)
+        replacement[name] = tensor  # type: ignore[index]
+        return replacement
+    index = next(i for i, v in enumerate(output) if isinstance(v, Tensor) or v is None)
+    values = [tensor if i == index else v for i, v in enumerate(output)]
+    if hasattr(output, "_fields"):
+        return type(output)(*values)
+    return type(output)(values)
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the one `at` a position or name replaced."""
+    if isinstance(at, int):
+        return args[:at] + (value,) + args[at + 1 :], dict(kwargs)
+    return args, {**kwargs, at: value}
+
+
+def _find_hidden(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], previous: Tensor | None
+) -> int | str | None:
+    """Which argument is the hidden input: the previous layer's output itself, else a floating
+    tensor in first position or under a usual name, else the first floating tensor."""
+    slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    floating = [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
+    for at, value in floating:
+        if value is previous:
+            return at
+    named = [at for at, _ in floating if at == 0 or at in _HIDDEN_NAMES]
+    if named:
+        return named[0]
+    return floating[0][0] if floating else None
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a cache-like object that later updates of the original do not reach: two levels
+    deep, tensors shared (caches that write in place are copied by value). Others as they are."""
+    if isinstance(value, Tensor | nn.Module | str) or not hasattr(value, "update"):
+        return value
+    if isinstance(value, Mapping):
+        return type(value)(value)  # type: ignore[call-arg]
+    taken = copy.copy(value)
+    for name, attribute in vars(value).items():
+        if isinstance(attribute, list):
+            setattr(taken, name, [_snapshot_layer(item) for item in attribute])
+        elif isinstance(attribute, dict):
+            setattr(taken, name, dict(attribute))
+        elif hasattr(attribute, "update") and not isinstance(attribute, Tensor | nn.Module):
+            setattr(taken, name, snapshot(attribute))
+    return taken
+
+
+def _snapshot_layer(layer: Any) -> Any:
+    taken = copy.copy(layer)
+    if "static" in type(layer).__name__.lower():
+        for name, attribute in vars(layer).items():
+            if isinstance(attribute, Tensor):
+                setattr(taken, name, attribute.clone())
+    return taken
+
+
+def _caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    return [
+        value
+        for value in (*args, *kwargs.values())
+        if not isinstance(value, Tensor | nn.Module)
+        and (hasattr(value, "layers") or hasattr(value, "self_attention_cache"))
+    ]
+
+
+def _cached(caches: Sequence[Any], layer: int | None, tensor: str) -> Tensor | None:
+    """The tensor that a cache of transformers holds for `layer`, or None."""
+    for cache in caches:
+        if hasattr(cache, "self_attention_cache"):
+            cross = tensor.startswith("cross_")
+            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
+        layers = getattr(cache, "layers", None)
+        if not isinstance(layers, Sequence) or layer is None or layer >= len(layers):
+            continue
+        held = getattr(layers[layer], f"{tensor.removeprefix('cross_')}s", None)
+        if isinstance(held, Tensor) and held.dim() == 4:
+            return held
+    return None
+
+
+def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:
+    """`[batch * head, token, channel]` as `[batch, head, token, channel]`; others as they are."""
+    if tensor is not None and tensor.dim() == 3 and batch and tensor.shape[0] % batch == 0:
+        return tensor.unflatten(0, (batch, -1))
+    return tensor

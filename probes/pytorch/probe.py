@@ -1,0 +1,267 @@
+"""The PyTorch probe: runs a module and hands over key, value and hidden of every layer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from divergence.capture import fingerprint
+from divergence.errors import InputError, SourceError, nearest, one_line
+from divergence.precision import coarsest, dtype_name
+from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
+from divergence.probes.pytorch.observer import LayerCall, LayerObserver, wrapped
+from divergence.probes.pytorch.stacks import Stack, find_stacks
+from divergence.sites import HEAD_AXES, Site
+
+# Leaves of a model's output that repeat what the sites already hold.
+_REPEATED = re.compile(r"^(past_key_values?|presents?|hidden_states|attentions|encoder_hidden_states"
+                       r"|encoder_attentions|decoder_hidden_states|decoder_attentions|cross_attentions)\.")
+_OWN_KEYS = re.compile(r"(^|_)(keys?|k_cache|key_cache)$")
+_OWN_VALUES = re.compile(r"(^|_)(values?|v_cache|value_cache)$")
+
+
+class PyTorchProbe:
+    """Runs a PyTorch module.
+
+    Args:
+        model: any module with at least one layer stack.
+        source: how reports name it.
+
+    Raises:
+        SourceError: `model` is no module, or has no layer stack.
+    """
+
+    kind = "pytorch"
+
+    def __init__(self, model: nn.Module, source: str = "pytorch") -> None:
+        if not isinstance(model, nn.Module):
+            raise SourceError(
+                f"{source}: returned {type(model).__name__}, not a torch.nn.Module; return the module itself"
+            )
+        self.model = model
+        self.source = source
+        self.stacks: tuple[Stack, ...] = find_stacks(model)
+        self.calls: list[LayerCall] = []
+        if not self.stacks:
+            raise SourceError(
+                f"{source}: {type(model).__name__} has no layer stack (no ModuleList, Sequential or numbered "
+                "attributes of repeated layers), so there are no layers to compare"
+            )
+
+    def describe(self, inputs: Mapping[str, Tensor] | None = None) -> Description:
+        """See `divergence.probes.Probe`; a module is understood by running it on `inputs`."""
+        if inputs is None:
+            raise InputError(f"{self.source}: a PyTorch model is inspected by running it; give --inputs FILE")
+        sites: list[SiteInfo] = []
+
+        def note(seen: Observation) -> None:
+            sites.append(
+                SiteInfo(seen.site, seen.found, dtype_name(seen.tensor.dtype), tuple(seen.tensor.shape))
+            )
+
+        facts = self.run(inputs, note)
+        operators: dict[str, Counter[str]] = {}
+        for module in self.model.modules():
+            for parameter in module.parameters(recurse=False):
+                operators.setdefault(type(module).__name__, Counter())[dtype_name(parameter.dtype)] += 1
+                break
+        return Description(
+            self.source,
+            self.kind,
+            facts.precision,
+            tuple(sites),
+            {name: f"{dtype_name(t.dtype)}{list(t.shape)}" for name, t in inputs.items()},
+            facts.notes,
+            operators,
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+        record: bool = False,
+    ) -> RunFacts:
+        """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
+        afterwards, for replay."""
+        self._check_names(inputs)
+        total = sum(len(stack.layers) for stack in self.stacks)
+        own = _OwnKeys(self.stacks, sink)
+        done = 0
+
+        def counted(seen: Observation) -> None:
+            nonlocal done
+            own.saw(seen)
+            sink(seen)
+            if seen.site.tensor == "hidden":
+                done += 1
+                progress(f"running {self.source}", done, total)
+
+        observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
+        with evaluating(self.model), observer:
+            outputs = self._forward(inputs)
+        self.calls = observer.calls
+        if not observer.order:
+            lists = ", ".join(stack.path for stack in self.stacks)
+            raise SourceError(
+                f"{self.source}: the layers of {lists} were never called: the model does their work outside "
+                "of their forward; wrap it in a module that calls its layers"
+            )
+        leaves = dict(output_leaves(outputs))
+        notes = own.replace(leaves)
+        for name, tensor in leaves.items():
+            sink(Observation(Site.output(name), tensor, (), "output of the model"))
+        return RunFacts(
+            kind=self.kind,
+            source=self.source,
+            model_digest=fingerprint(self.model.named_parameters()),
+            precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
+            stacks=tuple(observer.order),
+            versions={"torch": torch.__version__},
+            notes=notes,
+            outputs=tuple(leaves),
+            details={
+                "model": type(self.model).__name__,
+                "device": str(device_of(self.model)),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "layers": {stack.path: len(stack.layers) for stack in self.stacks},
+            },
+        )
+
+    def _forward(self, inputs: Mapping[str, Tensor]) -> Any:
+        device = device_of(self.model)
+        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+        try:
+            with torch.inference_mode():
+                return self.model(**moved)
+        except torch.OutOfMemoryError as error:
+            raise SourceError(f"{self.source}: out of memory on {device} ({one_line(error)})") from error
+        except (InputError, SourceError):
+            raise
+        except Exception as error:
+            shapes = ", ".join(f"{n} {dtype_name(t.dtype)}{list(t.shape)}" for n, t in inputs.items())
+            raise SourceError(
+                f"{self.source}: the model raised {one_line(error)} on inputs {shapes}; "
+                "check their dtypes and shapes, or the model"
+            ) from error
+
+    def _check_names(self, inputs: Mapping[str, Tensor]) -> None:
+        parameters = inspect.signature(self.model.forward).parameters
+        named = [
+            p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
+        known = [p.name for p in named]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        for name in inputs:
+            if name not in known and not takes_any:
+                raise InputError(
+                    f"{self.source}: the model has no input '{name}'{nearest(name, known)} "
+                    f"It takes {', '.join(known)}"
+                )
+        missing = [p.name for p in named if p.default is p.empty and p.name not in inputs]
+        if missing:
+            raise InputError(
+                f"{self.source}: the model needs input '{missing[0]}', and the inputs have only "
+                f"{', '.join(inputs) or 'nothing'}; add it to the inputs"
+            )
+
+
+class _OwnKeys:
+    """Keys and values that the model itself returns take precedence over what attention reads:
+    a cache may hold them before the rotary embedding."""
+
+    def __init__(self, stacks: tuple[Stack, ...], sink: Sink) -> None:
+        self._stack = stacks[0] if len(stacks) == 1 else None
+        self._sink = sink
+        self._seen: dict[Site, tuple[torch.Size, int]] = {}
+
+    def saw(self, seen: Observation) -> None:
+        if self._stack is not None and seen.site.tensor in ("key", "value"):
+            self._seen[seen.site] = (seen.tensor.shape, _hash(seen.tensor))
+
+    def replace(self, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Hands over again the keys and values that differ from what was observed."""
+        if self._stack is None:
+            return ()
+        notes = []
+        for tensor, pattern in (("key", _OWN_KEYS), ("value", _OWN_VALUES)):
+            names = [n for n in leaves if pattern.search(n) and leaves[n].dim() == 5]
+            if len(names) != 1:
+                continue
+            stacked = leaves[names[0]]
+            count = len(self._stack.layers)
+            axes = [axis for axis in (1, 0, 2) if stacked.shape[axis] == count]
+            if not axes:
+                continue
+            differing = 0
+            for layer, held in enumerate(stacked.unbind(axes[0])):
+                site = Site(layer, tensor, self._stack.name)
+                if self._seen.get(site) == (held.shape, _hash(held)):
+                    continue
+                differing += 1
+                found = f"model output '{names[0]}', layer along axis {axes[0]}"
+                self._sink(Observation(site, held, HEAD_AXES, found))
+            if differing:
+                notes.append(
+                    f"the {tensor} of {differing} layers is taken from the model's output '{names[0]}', "
+                    "which differs from what reaches attention"
+                )
+        return tuple(notes)
+
+
+def _hash(tensor: Tensor) -> int:
+    return int(torch.hash_tensor(tensor.contiguous()).view(torch.int64).item())
+
+
+def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's output by dotted name, without those that repeat the sites
+    (caches, hidden states of every layer)."""
+    if isinstance(outputs, Tensor):
+        name = prefix.rstrip(".") or "0"
+        if not _REPEATED.match(prefix):
+            yield name, outputs
+        return
+    if isinstance(outputs, Mapping):
+        items = list(outputs.items())
+    elif hasattr(outputs, "_fields"):
+        items = list(zip(outputs._fields, outputs, strict=True))
+    elif isinstance(outputs, tuple | list):
+        items = [(str(i), value) for i, value in enumerate(outputs)]
+    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
+        items = [(f.name, getattr(outputs, f.name)) for f in dataclasses.fields(outputs)]
+    else:
+        return
+    for name, value in items:
+        yield from output_leaves(value, f"{prefix}{name}.")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the duration; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter (or buffer) lives; the CPU if it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+__all__ = ["PyTorchProbe", "device_of", "evaluating", "output_leaves", "wrapped"]

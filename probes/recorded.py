@@ -1,0 +1,90 @@
+"""The recorded probe: a capture made earlier, perhaps on another machine, is a source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from divergence.capture import Capture, open_capture
+from divergence.errors import InputError
+from divergence.inputs import digest
+from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
+from divergence.sites import DETAIL_TENSORS
+
+if TYPE_CHECKING:
+    import torch
+
+
+class RecordedProbe:
+    """Yields what a capture holds.
+
+    Args:
+        path: folder of the capture.
+
+    Attributes:
+        capture: the capture, with its token masks.
+
+    Raises:
+        CaptureError: there is none, it was interrupted, is empty, damaged, or of another schema.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.capture: Capture = open_capture(path)
+
+    @property
+    def kind(self) -> str:
+        """`recorded`; the kind of the run that was recorded is in its facts."""
+        return "recorded"
+
+    def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:  # noqa: ARG002
+        """The sites of the capture, as the probe that recorded it found them."""
+        facts = self.capture.facts
+        return Description(
+            source=str(self.capture.path),
+            kind=self.kind,
+            precision=facts.precision,
+            sites=tuple(
+                SiteInfo(site, entry.found, entry.dtype, entry.shape)
+                for site, entry in self.capture.entries.items()
+            ),
+            inputs={},
+            notes=(f"recorded from {facts.kind} source {facts.source}", *facts.notes),
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        """Hands over the recorded tensors, memory-mapped.
+
+        Args:
+            inputs: what the other source runs on, to be checked against what the capture ran on;
+                nothing is checked where it is empty.
+            sink: called once per site.
+            detail: also the recorded sites of `divergence.sites.DETAIL_TENSORS`.
+            progress: told after each site.
+
+        Returns:
+            The facts of the recorded run.
+
+        Raises:
+            CaptureError: a shard cannot be read.
+            InputError: the capture ran on other inputs.
+        """
+        capture = self.capture
+        if inputs and (given := digest(inputs)) != capture.inputs_digest:
+            raise InputError(
+                f"{capture.path}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
+                "give the same inputs, or record it again on these"
+            )
+        wanted = [site for site in capture.sites if detail or site.tensor not in DETAIL_TENSORS]
+        for done, site in enumerate(wanted, 1):
+            entry = capture.entries[site]
+            sink(Observation(site, capture.tensor(site), entry.axes, entry.found))
+            progress("reading the capture", done, len(wanted))
+        return capture.facts
