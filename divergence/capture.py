@@ -326,15 +326,14 @@ def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         if not tensor.numel() or tensor.device.type == "meta":
             continue
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1).contiguous()
         octets = flat.view(torch.uint8)
         if octets.storage_offset() % WORD:  # cannot be seen as words in place
             octets = octets.clone()
         words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-        for part in (
-            torch.hash_tensor(words),
-            octets[words.numel() * WORD :],
-            flat[:: -(-flat.numel() // 64)],
-        ):
+        parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
+        if words.numel():
+            parts.append(torch.hash_tensor(words))
+        for part in parts:
             digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()[:16]

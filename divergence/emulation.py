@@ -42,6 +42,7 @@ _PRODUCTS = frozenset(
         torch.conv2d,
     }
 )
+_SOFTMAX = frozenset({functional.softmax, torch.softmax, Tensor.softmax})
 _WEIGHTED = frozenset({functional.linear, torch.addmm})
 _FP8_MAX = 448.0  # largest finite value of float8_e4m3fn
 
@@ -141,6 +142,9 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if self._precision == "fp64" and func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
+            # A mask of finfo(float64).min would become -inf in fp32, and fully masked rows NaN.
+            kwargs["dtype"] = torch.float64
         attention = func is functional.scaled_dot_product_attention
         if not attention and func not in _PRODUCTS:
             return func(*args, **kwargs)

@@ -217,11 +217,13 @@ class Comparison:
         try:
             content = json.loads(text)
             schema = content["schema"]
-        except (ValueError, KeyError, TypeError) as error:
+            if schema != SCHEMA:
+                raise SourceError(
+                    f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again"
+                )
+            return _read(cls, content)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
-        if schema != SCHEMA:
-            raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again")
-        return _read(cls, content)
 
 
 def _plain(value: Any) -> Any:
@@ -255,7 +257,7 @@ def _read(kind: type[T], content: Mapping[str, Any]) -> T:
         nested = _NESTED.get(name)
         if nested is not None and isinstance(value, list):
             values[name] = tuple(_read(nested, item) for item in value)
-        elif nested is not None and isinstance(value, Mapping) and not (kind is Policy):
+        elif nested is not None and isinstance(value, Mapping) and kind is not Policy:
             values[name] = _read(nested, value)
         elif isinstance(value, list):
             values[name] = tuple(value)

@@ -36,9 +36,7 @@ HIDDEN_AXES = ("batch", "token", "channel")
 HEAD_AXES = ("batch", "head", "token", "channel")
 _HEAD_TENSORS = frozenset({"query", "key", "value", "cross_key", "cross_value"})
 
-_PATTERN = re.compile(
-    r"^(?:(?P<stack>.+)\.)?layers\.(?P<layer>\d+)\.(?P<tensor>[a-z_]+)(?:@(?P<call>\d+))?$"
-)
+_PATTERN = re.compile(r"^(?:(?P<stack>.+)\.)?layers\.(?P<layer>\d+)\.(?P<tensor>[a-z_]+)(?:@(?P<call>\d+))?$")
 _OUTPUT = re.compile(r"^output\.(?P<name>.+?)(?:@(?P<call>\d+))?$")
 
 
@@ -105,7 +103,7 @@ def matches(site: Site, pattern: str) -> bool:
     text = str(site)
     if fnmatch.fnmatchcase(text, pattern):
         return True
-    return "@" not in pattern and fnmatch.fnmatchcase(text.split("@")[0], pattern)
+    return "@" not in pattern and fnmatch.fnmatchcase(text.split("@", maxsplit=1)[0], pattern)
 
 
 def in_execution_order(sites: Iterable[Site], stacks: Iterable[str] = ()) -> list[Site]:

@@ -67,13 +67,20 @@ class _AxisSums:
         self.group = math.ceil(size / entries)
         self.sums = torch.zeros(5, math.ceil(size / self.group), dtype=torch.float64)
 
-    def add(self, start: int, sums: torch.Tensor) -> None:
-        """Adds `[5, n]` sums of the members `start` to `start + n`."""
+    def add(self, start: int, sums: torch.Tensor, count: torch.Tensor) -> None:
+        """Adds sums `[4, n]` and counts `[n]` of the members `start` to `start + n`."""
         first, before = divmod(start, self.group)
-        if self.group > 1:
-            after = -(before + sums.shape[1]) % self.group
-            sums = torch.nn.functional.pad(sums, (before, after)).unflatten(1, (-1, self.group)).sum(-1)
-        self.sums[:, first : first + sums.shape[1]] += sums
+        last = first + math.ceil((before + sums.shape[1]) / self.group)
+        self.sums[1:, first:last] += self._pool(sums, before)
+        self.sums[:1, first:last] += self._pool(count[None], before)
+
+    def _pool(self, values: torch.Tensor, before: int) -> torch.Tensor:
+        if self.group == 1:
+            return values
+        after = -(before + values.shape[1]) % self.group
+        if before or after:
+            values = torch.nn.functional.pad(values, (before, after))
+        return values.reshape(values.shape[0], -1, self.group).sum(-1)
 
 
 class _Scanner:
@@ -89,7 +96,8 @@ class _Scanner:
         size = min(box, batch * heads * tokens * channels)
         self._planes = torch.empty(4 * size, dtype=torch.float64)
         self._bit_equal = given.ref.dtype == given.cand.dtype
-        self._elements = self._abs_sum = 0.0
+        self._elements = 0
+        self._abs_sum = 0.0
         self._nonfinite = [0, 0]
         self._ranges = [(math.inf, -math.inf), (math.inf, -math.inf)]
         self._worst = -1.0
@@ -100,12 +108,12 @@ class _Scanner:
         """What was found beside the sums."""
         ranges = [r if r[0] <= r[1] else None for r in self._ranges]
         return Scan(
-            elements=int(self._elements),
+            elements=self._elements,
             ref_nonfinite=self._nonfinite[0],
             cand_nonfinite=self._nonfinite[1],
             bit_equal=self._bit_equal,
             abs_sum=self._abs_sum,
-            max_abs=(self._worst, self._worst_at) if self._worst_at or self._worst >= 0 else None,
+            max_abs=(self._worst, self._worst_at) if self._worst >= 0 else None,
             ref_range=ranges[0],
             cand_range=ranges[1],
             padded_max_abs=self._padded if self._padded >= 0 else None,
@@ -143,7 +151,8 @@ class _Scanner:
         valid = here[:, 0, :, 0]
         self._elements += int(valid.sum()) * ref.shape[1] * ref.shape[3]
         if bool(valid.any()):
-            self._widen([(float(p.amin((1, 3))[valid].min()), float(p.amax((1, 3))[valid].max())) for p in (ref, cand)])
+            low, high = ([fold(p, (1, 3))[valid] for p in (ref, cand)] for fold in (torch.amin, torch.amax))
+            self._widen([(float(a.min()), float(b.max())) for a, b in zip(low, high, strict=True)])
         self._padded = max(self._padded, float((cand - ref).abs_().amax((1, 3))[~valid].max()))
         return here.expand_as(ref)
 
@@ -151,25 +160,24 @@ class _Scanner:
         self, ref: torch.Tensor, cand: torch.Tensor, here: torch.Tensor | None
     ) -> torch.Tensor:
         """Counts what is not finite or not valid, and tells which elements are compared."""
-        finite = [ref.isfinite(), cand.isfinite()]
+        finite = [plane.abs() < math.inf for plane in (ref, cand)]
         valid = torch.ones_like(finite[0]) if here is None else here.expand_as(ref)
         self._elements += int(valid.sum())
         ranges = []
         for side, (plane, ok) in enumerate(zip((ref, cand), finite, strict=True)):
+            inside = valid & ok
             self._nonfinite[side] += int((valid & ~ok).sum())
-            inside = plane[valid & ok]
-            ranges.append(_range(inside, inside) if inside.numel() else (math.inf, -math.inf))
+            low, high = (plane.where(inside, fill) for fill in (math.inf, -math.inf))
+            ranges.append((float(low.min()), float(high.max())))
         self._widen(ranges)
         both = finite[0] & finite[1]
         padded = both & ~valid
         if bool(padded.any()):
-            self._padded = max(self._padded, float((cand[padded] - ref[padded]).abs().max()))
+            self._padded = max(self._padded, float((cand - ref).abs_().where(padded, 0.0).max()))
         return both & valid
 
     def _widen(self, ranges: list[tuple[float, float]]) -> None:
-        self._ranges = [
-            (min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(self._ranges, ranges, strict=True)
-        ]
+        self._ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(self._ranges, ranges, strict=True)]
 
     def _sum(self, box: _Box, planes: torch.Tensor, used: torch.Tensor | None) -> None:
         """Adds the sums of a box.
@@ -188,18 +196,25 @@ class _Scanner:
         self._find_worst(box, error if used is None else error.masked_fill(~used, -1.0))
         torch.mul(ref, cand, out=product)
         planes[:3].square_()
-        batch, heads, tokens, channels = error.shape
-        rows = error.new_empty(5, batch, heads, tokens)
-        columns = error.new_empty(5, heads, channels)
-        torch.sum(planes, 4, out=rows[1:])
-        torch.sum(planes, (1, 3), out=columns[1:])
-        rows[0] = channels if used is None else used.sum(3)
-        columns[0] = batch * tokens if used is None else used.sum((0, 2))
+        self._pool(box, planes, used)
+
+    def _pool(self, box: _Box, planes: torch.Tensor, used: torch.Tensor | None) -> None:
+        """Adds the sums over tokens, heads and channels of a box; arguments as of `_sum`."""
+        _, batch, heads, tokens, channels = planes.shape
+        rows = planes.sum(4)
+        columns = planes.sum((1, 3)) if batch * tokens > 1 else planes[:, 0, :, 0]
+        if used is None:
+            row_count = rows.new_tensor(channels).expand(batch, heads, tokens)
+            column_count = rows.new_tensor(batch * tokens).expand(heads, channels)
+        else:
+            row_count, column_count = used.sum(3), used.sum((0, 2))
         first_batch, first_head, first_token, first_channel = box.start
-        _, all_heads, all_tokens, all_channels = self.form.pooled
-        self.token.add(first_batch * all_tokens + first_token, rows.sum(2).flatten(1))
-        self.head.add(first_head, rows.sum((1, 3)))
-        self.channel.add(first_head * all_channels + first_channel, columns.flatten(1))
+        _, _, all_tokens, all_channels = self.form.pooled
+        first_row = first_batch * all_tokens + first_token
+        self.token.add(first_row, rows.sum(2).flatten(1), row_count.sum(1).flatten())
+        self.head.add(first_head, rows.sum((1, 3)), row_count.sum((0, 2)))
+        first_column = first_head * all_channels + first_channel
+        self.channel.add(first_column, columns.flatten(1), column_count.flatten())
 
     def _find_worst(self, box: _Box, error: torch.Tensor) -> None:
         worst = float(error.max())
@@ -235,7 +250,8 @@ def _slabs(given: Operands) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     except RuntimeError:
         inner = form.sizes[-3]
         for n, index in enumerate(itertools.product(*(range(size) for size in form.sizes[1:-3]))):
-            yield n * inner, ref[(slice(None), *index)], cand[(slice(None), *index)]
+            at: tuple[slice | int, ...] = (slice(None), *index)
+            yield n * inner, ref[at], cand[at]
     else:
         yield 0, *whole
 

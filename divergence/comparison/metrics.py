@@ -24,7 +24,7 @@ figure; equal infinities are counted on both sides.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,24 +131,22 @@ class Metrics:
     ref_norm: float | None
     error_norm: float | None
     padded_max_abs: float | None
-    token: Floats
-    head: Floats
-    channel: Floats
-    sums: Sums
+    token: Floats = field(repr=False)
+    head: Floats = field(repr=False)
+    channel: Floats = field(repr=False)
+    sums: Sums = field(repr=False)
 
     def profile(self, bins: int = BINS) -> Profile:
         """Where the error sits, in at most `bins` entries an axis: tokens pooled over the batch,
         channels over the heads."""
-        sums = self.sums
-        over_heads = sums.channel.err2.ndim - 1
+        token, head, channel = self.sums.token, self.sums.head, self.sums.channel
+        per_channel = [channel.err2, channel.ref2, channel.count]
+        if channel.err2.ndim == 2:
+            per_channel = [a.sum(0) for a in per_channel]
         return Profile(
-            token=binned(sums.token.err2.sum(0), sums.token.ref2.sum(0), sums.token.count.sum(0), bins),
-            head=binned(sums.head.err2, sums.head.ref2, sums.head.count, bins),
-            channel=binned(
-                *(a.sum(0) if over_heads else a for a in (sums.channel.err2, sums.channel.ref2)),
-                sums.channel.count.sum(0) if over_heads else sums.channel.count,
-                bins,
-            ),
+            token=binned(token.err2.sum(0), token.ref2.sum(0), token.count.sum(0), bins),
+            head=binned(head.err2, head.ref2, head.count, bins),
+            channel=binned(per_channel[0], per_channel[1], per_channel[2], bins),
         )
 
 
@@ -310,10 +308,8 @@ def arrange(form: Form, token: Floats, head: Floats, channel: Floats) -> Sums:
             axes, pooled where these are longer than `PROFILE_ENTRIES`.
     """
     batch, heads, tokens, channels = form.pooled
-    if token.shape[1] == batch * tokens:
-        token = token.reshape(5, batch, tokens)
-    else:
-        token = token[:, None]
+    whole = token.shape[1] == batch * tokens
+    token = token.reshape(5, batch, tokens) if whole else token[:, None]
     if form.has_head and channel.shape[1] == heads * channels:
         channel = channel.reshape(5, heads, channels)
     return Sums(AxisSums(*token), AxisSums(*head if form.has_head else head[:, :0]), AxisSums(*channel))

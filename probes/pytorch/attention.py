@@ -150,8 +150,13 @@ def unrepeat(tensor: Tensor) -> tuple[Tensor, int]:
             continue
         grouped = tensor.unflatten(1, (heads // group, group))
         # Neighbours first: nearly always decides at once.
-        if not torch.equal(grouped[:, :, 0], grouped[:, :, 1]):
+        if not _same(grouped[:, :, 0], grouped[:, :, 1]):
             continue
-        if torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):
+        if _same(grouped, grouped[:, :, :1].expand_as(grouped)):
             return grouped[:, :, 0], group
     return tensor, 1
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal elements; NaN equals NaN, for padded tokens may hold it."""
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())

@@ -93,7 +93,7 @@ class PyTorchProbe:
         record: bool = False,
     ) -> RunFacts:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
-        afterwards, for replay."""
+        afterwards, for replay; without, it keeps those of an earlier run."""
         self._check_names(inputs)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = _OwnKeys(self.stacks, sink)
@@ -110,7 +110,8 @@ class PyTorchProbe:
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
         with evaluating(self.model), observer:
             outputs = self._forward(inputs)
-        self.calls = observer.calls
+        if record:
+            self.calls = observer.calls
         if not observer.order:
             lists = ", ".join(stack.path for stack in self.stacks)
             raise SourceError(

@@ -1,0 +1,337 @@
+"""Alignment: which tensor of the candidate answers which of the reference, and in which layout.
+
+Sites pair by their address. Where the candidate lacks a site of a layer, it may have the tensors of
+all layers in one output (`output.keys` `[layer, batch, head, token, channel]`), which is taken
+apart. Nothing is paired by position, by similar names or by values: those are suggestions only, and
+a site without a partner is reported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from divergence.errors import AlignmentError, ConfigurationError, nearest
+from divergence.layout import STACKED, AmbiguousError, Axes, Layout, MisfitError, between
+from divergence.result import State, Unmatched
+from divergence.sites import HEAD_AXES, Site, matches
+
+_REPEATABLE = frozenset({"key", "value", "cross_key", "cross_value"})
+_KEYS = frozenset({"key", "keys", "k"})
+_VALUES = frozenset({"value", "values", "v"})
+_PAIRS = frozenset({"kv", "past", "present", "presents"})
+_NAME_AXES = (
+    "; name its axes in divergence.toml, in their order: [sources.NAME.axes] "
+    '"SITE" = ["batch", "head", "token", "channel"]'
+)
+
+
+class Described(Protocol):
+    """What is known of a tensor; `divergence.capture.Entry` is one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Name of each axis, or nothing where unknown."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A site of the reference and the candidate's tensor to compare with it."""
+
+    reference: Site
+    candidate: Site
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What is compared with what.
+
+    Attributes:
+        pairs: in the order of the reference.
+        unmatched: sites that are not compared and why, the reference's first.
+    """
+
+    pairs: tuple[Pair, ...]
+    unmatched: tuple[Unmatched, ...]
+
+
+def align(
+    reference: Mapping[Site, Described],
+    candidate: Mapping[Site, Described],
+    *,
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, str] | None = None,
+    axes: Mapping[str, Sequence[str]] | None = None,
+) -> Alignment:
+    """Pairs the sites of a candidate with those of a reference.
+
+    Args:
+        reference: the reference's tensors, in execution order.
+        candidate: the candidate's tensors.
+        exclude: patterns of sites that are not compared.
+        overrides: site of the reference by site of the candidate, where the addresses do not say it.
+        axes: names of a candidate tensor's axes by site pattern, from `batch`, `head`, `token`,
+            `channel`, `layer` (stacks the layers) and `pair` (stacks key and value).
+
+    Raises:
+        AlignmentError: nothing corresponds, or these are two different models.
+        ConfigurationError: `overrides` names a site that is not there, or `axes` does not fit.
+    """
+    return _Aligner(reference, candidate, exclude, overrides or {}, axes or {}).run()
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A candidate's tensor that may answer a site of the reference."""
+
+    site: Site
+    stacked: Mapping[str, tuple[int, int]]
+    note: str = ""
+
+
+class _Aligner:
+    """One alignment under way."""
+
+    def __init__(
+        self,
+        reference: Mapping[Site, Described],
+        candidate: Mapping[Site, Described],
+        exclude: Sequence[str],
+        overrides: Mapping[str, str],
+        axes: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.reference = reference
+        self.candidate = candidate
+        self.exclude = exclude
+        self.named = {site: _given_axes(site, entry, axes) for site, entry in candidate.items()}
+        self.overrides = {
+            _find(ref, reference, "reference"): _find(cand, candidate, "candidate")
+            for cand, ref in overrides.items()
+        }
+        if len(self.overrides) != len(overrides):
+            raise ConfigurationError(
+                "two sites of the candidate are mapped to one of the reference; keep one"
+            )
+        self.stacks = dict.fromkeys(site.stack for site in reference if site.layer is not None)
+        theirs = dict.fromkeys(site.stack for site in candidate if site.layer is not None)
+        self.renamed: dict[str, str] = {}
+        if len(self.stacks) == len(theirs) == 1 and self.stacks != theirs:
+            self.renamed = dict(zip(self.stacks, theirs, strict=True))
+        self.used: set[Site] = set()
+        self.pairs: list[Pair] = []
+        self.open: list[tuple[Site, State, str]] = []
+
+    def run(self) -> Alignment:
+        """Pairs everything."""
+        for side, sites in (("reference", self.reference), ("candidate", self.candidate)):
+            if not sites:
+                raise AlignmentError(f"the {side} has no sites, so there is nothing to compare")
+        for site in self.reference:
+            pattern = self._excluded(site)
+            if pattern is not None:
+                self.open.append((site, "excluded", f"excluded by '{pattern}'"))
+                self.used.update(offer.site for offer in self._offers(site) if not offer.stacked)
+            else:
+                self._pair(site)
+        self._refuse_strangers()
+        unmatched = [
+            Unmatched(str(site), state, reason, "" if state == "excluded" else self._suggestion(site))
+            for site, state, reason in self.open
+        ]
+        return Alignment(tuple(self.pairs), (*unmatched, *self._left_over()))
+
+    def _excluded(self, site: Site) -> str | None:
+        return next((pattern for pattern in self.exclude if matches(site, pattern)), None)
+
+    def _pair(self, site: Site) -> None:
+        misfits: list[str] = []
+        state: State = "missing in candidate"
+        for offer in self._offers(site):
+            try:
+                layout = self._layout(site, offer)
+            except MisfitError as misfit:
+                unclear = isinstance(misfit, AmbiguousError)
+                misfits.append(f"{offer.site}: {misfit}{_NAME_AXES if unclear else ''}")
+                if unclear or not offer.stacked:
+                    state = "shape mismatch"
+                    self.used.add(offer.site)
+            else:
+                self.used.add(offer.site)
+                self.pairs.append(Pair(site, offer.site, layout))
+                return
+        reason = "; ".join(misfits)
+        if state == "missing in candidate":
+            reason = (
+                f"the candidate has no tensor at this site{', nor stacks it: ' if misfits else ''}{reason}"
+            )
+        self.open.append((site, state, reason))
+
+    def _layout(self, site: Site, offer: _Offer) -> Layout:
+        ref, cand = self.reference[site], Axes(self.named[offer.site], self.candidate[offer.site].shape)
+        names = ref.axes
+        if not names:
+            if site.layer is None or len(site.axes) != len(ref.shape):
+                if ref.shape == cand.sizes:
+                    return Layout(note=offer.note)
+                names = tuple(f"axis {axis}" for axis in range(len(ref.shape)))
+                cand = replace(cand, names=())
+            else:
+                names = site.axes
+        repeated = site.tensor in _REPEATABLE and site.layer is not None
+        layout = between(
+            Axes(names, ref.shape), cand, name=str(offer.site), stacked=offer.stacked, repeated=repeated
+        )
+        return replace(layout, note=offer.note)
+
+    def _offers(self, site: Site) -> list[_Offer]:
+        """The candidate's tensors that may answer `site`, best first."""
+        if site in self.overrides:
+            return [_Offer(self.overrides[site], {}, "mapped by the configuration")]
+        own = site
+        note = ""
+        if site.layer is not None and site.stack in self.renamed:
+            theirs = self.renamed[site.stack]
+            own = replace(site, stack=theirs)
+            note = f"the only stack of each side: {_stack(theirs)} is the reference's {_stack(site.stack)}"
+        if own in self.candidate:
+            return [_Offer(own, {}, note)]
+        return self._stacks_of(site)
+
+    def _stacks_of(self, site: Site) -> list[_Offer]:
+        """The candidate's outputs that may hold the tensors of all layers at `site`."""
+        if site.layer is None or len(self.stacks) != 1:
+            return []
+        layers = [s.layer for s in self.reference if replace(s, layer=site.layer) == site]
+        offers = []
+        for output in self.candidate:
+            role = _role(output.tensor) if output.layer is None and output.call == site.call else {}
+            if site.tensor in role:
+                stacked = {"layer": (len(layers), layers.index(site.layer))}
+                pair = role[site.tensor]
+                if pair is not None:
+                    stacked["pair"] = (2, pair)
+                offers.append(_Offer(output, stacked))
+        return offers
+
+    def _left_over(self) -> list[Unmatched]:
+        """The candidate's sites that answer nothing."""
+        left = []
+        for site in self.candidate:
+            if site in self.used:
+                continue
+            pattern = self._excluded(site)
+            if pattern is not None:
+                left.append(Unmatched(str(site), "excluded", f"excluded by '{pattern}'"))
+            elif site in self.overrides:
+                reason = f"the configuration maps {self.overrides[site]} to this site instead"
+                left.append(Unmatched(str(site), "excluded", reason))
+            else:
+                left.append(
+                    Unmatched(str(site), "missing in reference", "the reference has no tensor at this site")
+                )
+        return left
+
+    def _suggestion(self, site: Site) -> str:
+        """Names the candidate's spare site that is most like `site`: in shape first, then in name."""
+        spare = [s for s in self.candidate if s not in self.used and self._excluded(s) is None]
+        shape = self.reference[site].shape
+        same = [s for s in spare if sorted(self.candidate[s].shape) == sorted(shape)]
+        if not same:
+            found = difflib.get_close_matches(str(site), [str(s) for s in spare], n=1, cutoff=0.5)
+            return f"the candidate's {found[0]} has a similar name but another shape" if found else ""
+        best = max(same, key=lambda s: difflib.SequenceMatcher(None, str(site), str(s)).ratio())
+        own = best.tensor if best.layer is None else str(best)
+        return (
+            f"the candidate's {best} has shape {list(self.candidate[best].shape)}; if it is this tensor, say "
+            f'so in divergence.toml: [sources.NAME.sites] "{site}" = "{own}"'
+        )
+
+    def _refuse_strangers(self) -> None:
+        """Raises where comparing makes no sense."""
+        ours, theirs = _model(self.reference), _model(self.candidate)
+        if ours and theirs and ours[1] != theirs[1] and (ours[0] != theirs[0] or not self.pairs):
+            raise AlignmentError(
+                f"the candidate has {theirs[0]} layers of {theirs[1]} channels, the reference {ours[0]} of "
+                f"{ours[1]}: these are different models"
+            )
+        if self.pairs:
+            return
+        wrong = [(site, reason) for site, state, reason in self.open if state == "shape mismatch"]
+        if wrong:
+            site, reason = wrong[0]
+            raise AlignmentError(
+                f"nothing can be compared: {site} of the reference against the candidate's {reason}"
+            )
+        if all(state == "excluded" for _, state, _ in self.open):
+            raise AlignmentError("every site of the reference is excluded, so there is nothing to compare")
+        raise AlignmentError(
+            f"nothing corresponds: the reference has {_listed(self.reference)}, the candidate "
+            f"{_listed(self.candidate)}; map them in divergence.toml under [sources.NAME.sites]"
+        )
+
+
+def _find(text: str, sites: Mapping[Site, Described], side: str) -> Site:
+    site = Site.parse(text)
+    if site not in sites:
+        raise ConfigurationError(f"the {side} has no site '{text}'{nearest(text, [str(s) for s in sites])}")
+    return site
+
+
+def _given_axes(site: Site, entry: Described, axes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    given = [tuple(names) for pattern, names in axes.items() if matches(site, pattern)]
+    if not given:
+        return tuple(entry.axes)
+    names = given[-1]
+    known = (*HEAD_AXES, *STACKED)
+    if len(names) != len(entry.shape) or len(set(names)) != len(names) or not set(names) <= set(known):
+        raise ConfigurationError(
+            f"axes {list(names)} do not name the axes of {site}, which has shape {list(entry.shape)}; "
+            f"give each one of {', '.join(known)}, none twice"
+        )
+    return names
+
+
+def _role(name: str) -> dict[str, int | None]:
+    """The layer tensors that a model output of this name may stack, each with its place in a
+    key/value pair (None where the output holds no pairs)."""
+    words = frozenset(re.split(r"[^a-z0-9]+", name.lower()))
+    if "last" in words or any(word.isdigit() for word in words):
+        return {}
+    cross = "cross_" if "cross" in words else ""
+    if words & _KEYS and words & _VALUES:
+        return {f"{cross}key": 0, f"{cross}value": 1}
+    if words & _KEYS:
+        return {f"{cross}key": None}
+    if words & _VALUES:
+        return {f"{cross}value": None}
+    if words & _PAIRS:
+        return {f"{cross}key": 0, f"{cross}value": 1}
+    return {"hidden": None} if "hidden" in words and not cross else {}
+
+
+def _model(sites: Mapping[Site, Described]) -> tuple[int, int] | None:
+    """Number of layers and width of the hidden states, where they are known."""
+    hidden = [site for site in sites if site.layer is not None and site.tensor == "hidden"]
+    if not hidden:
+        return None
+    layers = {(site.stack, site.layer) for site in sites if site.layer is not None}
+    entry = sites[hidden[0]]
+    axis = entry.axes.index("channel") if "channel" in entry.axes else -1
+    return (len(layers), entry.shape[axis]) if entry.shape else None
+
+
+def _listed(sites: Iterable[Site]) -> str:
+    names = [str(site) for site in sites]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _stack(name: str) -> str:
+    return f"'{name}'" if name else "unnamed one"

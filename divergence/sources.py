@@ -1,0 +1,164 @@
+"""Sources: what `--ref` and `--cand` name, and which probe runs each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from divergence.config import Config, SourceConfig
+from divergence.errors import ConfigurationError, SourceError, nearest
+from divergence.probes import Description, Probe, Progress, RunFacts, Sink, silent
+
+if TYPE_CHECKING:
+    import torch
+
+    from divergence.capture import Capture
+
+ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
+
+
+def open_source(
+    source: object, config: Config, *, reference: Capture | None = None, memory: int = 512 << 20
+) -> Probe:
+    """The probe for a source.
+
+    Args:
+        source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file or a
+            capture, a name from the configuration, a `torch.nn.Module`, or a probe.
+        config: the configuration that names refer to.
+        reference: capture of the reference, which helps to find the sites of an ONNX model.
+        memory: bytes that an ONNX model's exposed tensors may take at a time.
+
+    Raises:
+        SourceError: there is no such source, or it cannot be opened.
+        ConfigurationError: `source` is a name that the configuration lacks.
+    """
+    if isinstance(source, Probe):
+        return source
+    if isinstance(source, str | Path):
+        name = str(source)
+        settings = config.sources.get(name)
+        if settings is None:
+            settings = _from_text(name, config)
+        probe = _open(name, settings, config, reference, memory)
+        return Renamed(probe, settings.inputs) if settings.inputs else probe
+    from torch import nn
+
+    if isinstance(source, nn.Module):
+        from divergence.probes.pytorch import PyTorchProbe
+
+        return PyTorchProbe(source, "pytorch")
+    raise SourceError(
+        f"a source is a name, a path, a torch.nn.Module or a probe, not {type(source).__name__}"
+    )
+
+
+def _from_text(name: str, config: Config) -> SourceConfig:
+    if name.startswith("pytorch:"):
+        return SourceConfig(model=name.removeprefix("pytorch:"))
+    if name == "pytorch":
+        raise ConfigurationError(
+            "source 'pytorch' is not configured: write [sources.pytorch] model = \"FILE.py:FUNC\" in "
+            "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
+        )
+    path = Path(name)
+    if path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or _partial(path).exists():
+        return SourceConfig(path=name)
+    raise SourceError(
+        f"{name}: no such file, and no source of that name in the configuration"
+        f"{nearest(name, config.sources)}"
+    )
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def _open(
+    name: str, settings: SourceConfig, config: Config, reference: Capture | None, memory: int
+) -> Probe:
+    if settings.model is not None:
+        return _pytorch(name, settings, config)
+    if settings.path is None:
+        raise ConfigurationError(f"source '{name}': give it a model or a path")
+    path = Path(settings.path)
+    if path.suffix in ENGINE_SUFFIXES:
+        raise SourceError(
+            f"{path}: this version cannot run TensorRT engines; compare the ONNX model it was built from, "
+            "or a capture of the engine's outputs"
+        )
+    if path.is_dir() or path.suffix == ".capture" or _partial(path).exists():
+        from divergence.probes.recorded import RecordedProbe
+
+        return RecordedProbe(path)
+    from divergence.probes.onnx import OnnxProbe
+
+    return OnnxProbe(
+        path,
+        reference=reference,
+        sites=settings.sites,
+        provider=settings.provider or "CPUExecutionProvider",
+        memory=memory,
+    )
+
+
+def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
+    from divergence.inputs import describe_exception, import_callable
+    from divergence.precision import torch_dtype
+    from divergence.probes.pytorch import PyTorchProbe
+
+    assert settings.model is not None
+    function = import_callable(settings.model, config.base)
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    try:
+        model: Any = function()
+    except (Exception, SystemExit) as error:
+        raise SourceError(
+            f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
+            "loads the model"
+        ) from error
+    probe = PyTorchProbe(model, name)
+    if settings.dtype is not None:
+        dtype = torch_dtype(settings.dtype)
+        # Parameters only: rounding buffers such as inv_freq would plant a fault.
+        for parameter in probe.model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return probe
+
+
+class Renamed:
+    """A probe whose inputs have other names than ours.
+
+    Args:
+        probe: the probe.
+        names: our name by the source's input name.
+    """
+
+    def __init__(self, probe: Probe, names: Mapping[str, str]) -> None:
+        self.probe = probe
+        self._names = {ours: theirs for theirs, ours in names.items()}
+
+    @property
+    def kind(self) -> str:
+        """Kind of the probe within."""
+        return self.probe.kind
+
+    def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:
+        """See `divergence.probes.Probe`."""
+        return self.probe.describe(None if inputs is None else self._renamed(inputs))
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        """See `divergence.probes.Probe`."""
+        return self.probe.run(self._renamed(inputs), sink, detail=detail, progress=progress)
+
+    def _renamed(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {self._names.get(name, name): tensor for name, tensor in inputs.items()}

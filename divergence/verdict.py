@@ -1,0 +1,145 @@
+"""The verdict: of each site, and of the comparison. It fails closed: what cannot be answered is an
+error, never a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from divergence.result import METRICS, FirstDivergence, SiteResult, Unmatched, Verdict
+
+if TYPE_CHECKING:
+    from divergence.comparison.metrics import Metrics
+    from divergence.config import Tolerance
+    from divergence.noise import Floor
+    from divergence.replay import Introduced
+    from divergence.sites import Site
+
+# An error of this size is the smallest that a comparison is asked to find. Where the floor of
+# every site lets the cumulative error show it, a passing comparison needs no replay.
+RESOLUTION = 1e-3
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is said of one site."""
+
+    verdict: Verdict
+    reason: str = ""
+
+
+def judge(
+    site: Site,
+    metrics: Metrics,
+    floor: Floor | None,
+    introduced: Introduced | None,
+    tolerance: Tolerance,
+    unseen_inf: str = "",
+) -> Judgement:
+    """Judges one site.
+
+    Args:
+        site: which.
+        metrics: candidate against reference.
+        floor: noise floor of the cumulative error, or None where none was taken.
+        introduced: what replay says, or None where the site could not be replayed.
+        tolerance: what to judge by.
+        unseen_inf: why Inf in the candidate's tensor does not count, or "".
+    """
+    only_candidate = metrics.elements - metrics.compared - metrics.ref_nonfinite
+    if metrics.elements == 0:
+        return Judgement("error", "no valid token to compare")
+    if only_candidate > 0 and not unseen_inf:
+        return Judgement(
+            "fail", f"{only_candidate} of {metrics.elements} values are NaN or Inf where the reference's are finite"
+        )
+    if metrics.compared == 0:
+        return Judgement("error", "no position is finite on both sides")
+    if metrics.bit_equal:
+        return Judgement("pass", "equal to the bit")
+    exceeded = _exceeded(metrics, tolerance.limits(site))
+    if exceeded:
+        return Judgement("fail", exceeded)
+    if not tolerance.judges_by_floor(site):
+        return Judgement("pass", unseen_inf)
+    judged = _by_floor(site, metrics, floor, introduced, tolerance)
+    return Judgement("pass", unseen_inf) if judged.verdict == "pass" and unseen_inf else judged
+
+
+def _exceeded(metrics: Metrics, limits: dict[str, float]) -> str:
+    """The first limit that is exceeded, in words, or ""."""
+    for name, limit in limits.items():
+        value = getattr(metrics, name, None)
+        if value is None:
+            continue
+        higher = METRICS[name].better == "higher"
+        if not (value >= limit if higher else value <= limit):
+            return f"{name} {value:.3g} is {'below' if higher else 'above'} the limit {limit:g}"
+    return ""
+
+
+def _by_floor(
+    site: Site, metrics: Metrics, floor: Floor | None, introduced: Introduced | None, tolerance: Tolerance
+) -> Judgement:
+    limit = tolerance.ratio_at(site)
+    used = introduced.floor if introduced is not None else floor
+    cumulative = floor.ratio(metrics) if floor is not None else None
+    if used is None:
+        return Judgement("error", "no noise floor to judge by; give --tolerance or --floor SRC")
+    if used.overflow:
+        return Judgement(
+            "error", "the reference itself overflows here in this precision; judge it by absolute limits"
+        )
+    ratio = introduced.ratio if introduced is not None else cumulative
+    if ratio is None:
+        return Judgement("error", "there is no relative error to judge: the reference is zero here")
+    if ratio <= limit:
+        if introduced is not None and cumulative is not None and cumulative > limit:
+            return Judgement("pass", f"propagated: {cumulative:.3g}x the floor comes from earlier layers")
+        return Judgement("pass")
+    error = (introduced.metrics if introduced is not None else metrics).rel_l2 or 0.0
+    what = "introduces a relative error of" if introduced is not None else "has a relative error of"
+    floor_name = "this layer's noise floor" if introduced is not None else "the noise floor"
+    return Judgement("fail", f"{what} {error:.2g}, {ratio:.3g}x {floor_name} (limit {limit:g}x)")
+
+
+def conclusive(results: Sequence[tuple[Judgement, Floor | None]], ratio: float) -> bool:
+    """Whether the cumulative errors alone settle that the candidate passes: all do, and the floor
+    is nowhere so high that an error of `RESOLUTION` could hide below it."""
+    return all(
+        judged.verdict == "pass" and (floor is None or floor.rel_l2 * ratio <= RESOLUTION)
+        for judged, floor in results
+    )
+
+
+def first_divergence(results: Sequence[SiteResult]) -> FirstDivergence | None:
+    """The first failing site; `results` are in execution order."""
+    for result in results:
+        if result.verdict == "fail":
+            return FirstDivergence(result.site, result.stack, result.layer, result.tensor)
+    return None
+
+
+def overall(results: Sequence[SiteResult], unmatched: Sequence[Unmatched]) -> tuple[Verdict, str]:
+    """Verdict and reason of the whole comparison."""
+    missing = [u for u in unmatched if u.state in ("missing in candidate", "shape mismatch")]
+    failing = [r for r in results if r.verdict == "fail"]
+    broken = [r for r in results if r.verdict == "error"]
+    if not results:
+        return "error", "no site could be compared"
+    if failing:
+        first = failing[0]
+        also = f", and {len(failing) - 1} more sites fail" if len(failing) > 1 else ""
+        return "fail", f"{first.site} {first.reason}{also}"
+    if missing:
+        return "fail", (
+            f"{len(missing)} sites of the reference were not compared, the first {missing[0].site} "
+            f"({missing[0].state}); map them in the configuration, or exclude them by name"
+        )
+    if broken:
+        return "error", f"{len(broken)} sites could not be judged, the first {broken[0].site}: {broken[0].reason}"
+    equal = sum(r.bit_equal for r in results)
+    if equal == len(results):
+        return "pass", f"all {equal} sites are equal to the bit"
+    return "pass", f"all {len(results)} sites are within their limits"

@@ -1,0 +1,39 @@
+"""What all tests share: skips with their reasons, and assertions of shared checks that explain themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+
+import pytest
+
+pytest.register_assert_rewrite("tests.probes.contract")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what this machine cannot run, and says why."""
+    missing = {
+        "gpu": _no_gpu,
+        "tensorrt": lambda: _no_gpu() or _no_module("tensorrt"),
+        "browser": lambda: "" if _chromium() else "no Chromium on the PATH",
+    }
+    for name, reason_of in missing.items():
+        marked = [item for item in items if item.get_closest_marker(name)]
+        if marked and (reason := reason_of()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _no_module(name: str) -> str:
+    return "" if importlib.util.find_spec(name) else f"{name} is not installed"
+
+
+def _chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    return next((found for name in names if (found := shutil.which(name))), None)

@@ -1,0 +1,233 @@
+"""Every probe against the contract.
+
+To add a probe, write a function that makes its `ProbeCase` in a temporary folder and decorate it with
+`@case("name")`, with marks (`pytest.mark.gpu`) where it needs more than a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from divergence.capture import CaptureWriter
+from divergence.inputs import digest
+from divergence.probes import Observation, Progress, RunFacts, Sink, silent
+from divergence.probes.fake import FakeProbe
+from divergence.probes.recorded import RecordedProbe
+from divergence.sites import DETAIL_TENSORS
+from tests.probes import contract
+from tests.probes.contract import CHECKS, CaseMaker, ProbeCase
+
+CASES: dict[str, tuple[CaseMaker, tuple[pytest.MarkDecorator, ...]]] = {}
+
+
+def case(name: str, *marks: pytest.MarkDecorator) -> Callable[[CaseMaker], CaseMaker]:
+    """Registers the maker of a case under `name`."""
+
+    def register(maker: CaseMaker) -> CaseMaker:
+        CASES[name] = (maker, marks)
+        return maker
+
+    return register
+
+
+INPUTS = {"ids": torch.tensor([[3, 1, 4, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+
+
+def _tensors(seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {"output.logits": torch.randn(1, 4, 9, generator=generator)}
+    for layer in range(3):
+        tensors[f"layers.{layer}.hidden"] = torch.randn(1, 4, 8, generator=generator).half()
+        tensors[f"layers.{layer}.mlp"] = torch.randn(1, 4, 8, generator=generator).half()
+        tensors[f"layers.{layer}.key"] = torch.randn(1, 2, 4, 4, generator=generator).bfloat16()
+    return tensors
+
+
+def _fake(seed: int = 0) -> FakeProbe:
+    return FakeProbe(_tensors(seed), inputs=tuple(INPUTS))
+
+
+@case("fake")
+def make_fake(folder: Path) -> ProbeCase:
+    """The fake probe."""
+    del folder
+    return ProbeCase(
+        probe=_fake(),
+        same=_fake,
+        changed=lambda: _fake(seed=1),
+        inputs=INPUTS,
+        wrong_inputs={
+            "a name is missing": {"ids": INPUTS["ids"]},
+            "a name too many": {**INPUTS, "extra": torch.zeros(1)},
+            "nothing": {},
+        },
+    )
+
+
+@case("recorded")
+def make_recorded(folder: Path) -> ProbeCase:
+    """The recorded probe, on a capture of the fake one."""
+
+    def record(name: str, seed: int) -> Path:
+        with CaptureWriter(folder / name) as writer:
+            facts = _fake(seed).run(INPUTS, writer, detail=True)
+            writer.close(facts, digest(INPUTS))
+        return folder / name
+
+    path, changed = record("run.capture", 0), record("changed.capture", 1)
+    return ProbeCase(
+        probe=RecordedProbe(path),
+        same=lambda: RecordedProbe(path),
+        changed=lambda: RecordedProbe(changed),
+        inputs=INPUTS,
+        wrong_inputs={"another value": {**INPUTS, "ids": INPUTS["ids"] + 1}},
+    )
+
+
+@pytest.fixture(scope="module")
+def probe_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ProbeCase:
+    """The case of one probe, made once for all checks."""
+    maker: CaseMaker = request.param
+    return maker(tmp_path_factory.mktemp("probe"))
+
+
+@pytest.mark.parametrize(
+    "probe_case",
+    [pytest.param(maker, id=name, marks=marks) for name, (maker, marks) in CASES.items()],
+    indirect=True,
+)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_probe_keeps_the_contract(probe_case: ProbeCase, check: Callable[[ProbeCase], None]) -> None:
+    check(probe_case)
+
+
+def test_recorded_run_without_inputs_checks_nothing(tmp_path: Path) -> None:
+    probe = make_recorded(tmp_path).probe
+    seen: list[str] = []
+    probe.run({}, lambda observation: seen.append(str(observation.site)))
+    assert seen[0] == "layers.0.key"
+
+
+def test_recorded_run_on_other_inputs_names_both_digests(tmp_path: Path) -> None:
+    probe = make_recorded(tmp_path).probe
+    other = {"ids": torch.zeros(1, 1)}
+    with pytest.raises(Exception, match=f"{digest(INPUTS)}.*{digest(other)}"):
+        probe.run(other, lambda _: None)
+
+
+def test_recorded_facts_are_those_of_the_run(tmp_path: Path) -> None:
+    facts = make_recorded(tmp_path).probe.run(INPUTS, lambda _: None)
+    assert (facts.kind, facts.source, facts.precision) == ("fake", "fake", "bf16")
+    assert facts.model_digest == _fake().run(INPUTS, lambda _: None).model_digest
+
+
+class _Shares(FakeProbe):
+    """Hands over its own storage."""
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        facts = super().run(inputs, lambda _: None, detail=detail, progress=progress)
+        for site, tensor in self._tensors.items():
+            if detail or site.tensor not in DETAIL_TENSORS:
+                sink(Observation(site, tensor, site.axes if len(site.axes) == tensor.ndim else (), "given"))
+        return facts
+
+
+class _Drifts(FakeProbe):
+    """Gives other numbers in every run."""
+
+    runs = 0
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        self.runs += 1
+
+        def drift(seen: Observation) -> None:
+            sink(Observation(seen.site, seen.tensor + self.runs, seen.axes, seen.found))
+
+        return super().run(inputs, drift, detail=detail, progress=progress)
+
+
+class _Scribbles(FakeProbe):
+    """Modifies its inputs."""
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        inputs["ids"].add_(1)
+        return super().run(inputs, sink, detail=detail, progress=progress)
+
+
+class _Misnames(FakeProbe):
+    """Names an axis too few, skips a site it describes, and counts progress past its total."""
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        def misname(seen: Observation) -> None:
+            if seen.site.layer != 2:
+                sink(Observation(seen.site, seen.tensor, seen.axes[1:], seen.found))
+
+        facts = super().run(inputs, misname, detail=detail)
+        progress("running", 3, 2)
+        return facts
+
+
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (_Shares, contract.leaves_nothing_aliased),
+        (_Drifts, contract.is_deterministic),
+        (_Drifts, contract.adds_detail),
+        (_Scribbles, contract.keeps_inputs),
+        (_Misnames, contract.names_axes),
+        (_Misnames, contract.describes_what_it_yields),
+        (_Misnames, contract.reports_progress),
+    ],
+    ids=lambda value: value.__name__,
+)
+def test_contract_catches_a_broken_probe(
+    broken: type[FakeProbe], check: Callable[[ProbeCase], None], tmp_path: Path
+) -> None:
+    """The checks are able to fail: each is shown a probe that breaks just what it is about."""
+    probe = broken(_tensors(), inputs=tuple(INPUTS))
+    inputs = {name: tensor.clone() for name, tensor in INPUTS.items()}
+    with pytest.raises(AssertionError):
+        check(replace(make_fake(tmp_path), probe=probe, same=lambda: probe, inputs=inputs))
+
+
+def test_contract_catches_a_digest_that_ignores_weights_and_inputs_that_are_not_checked(
+    tmp_path: Path,
+) -> None:
+    careless = replace(make_fake(tmp_path), probe=FakeProbe(_tensors()), changed=_fake)
+    with pytest.raises(AssertionError):
+        contract.digests_weights(careless)
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        contract.refuses_wrong_inputs(careless)
