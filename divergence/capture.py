@@ -92,11 +92,12 @@ class Capture:
 
         try:
             with safe_open(self.path / file, framework="pt") as shard:
-                return shard.get_tensor(name)
+                tensor: torch.Tensor = shard.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CaptureError(
                 f"{self.path / file}: cannot read '{name}' ({one_line(error)}); record the capture again"
             ) from error
+        return tensor
 
 
 def open_capture(path: str | os.PathLike[str]) -> Capture:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 
 import pytest
 
@@ -12,7 +13,7 @@ pytest.register_assert_rewrite("tests.probes.contract")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine cannot run, and says why."""
-    missing = {
+    missing: dict[str, Callable[[], str]] = {
         "gpu": _no_gpu,
         "tensorrt": lambda: _no_gpu() or _no_module("tensorrt"),
         "browser": lambda: "" if _chromium() else "no Chromium on the PATH",

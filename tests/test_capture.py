@@ -48,7 +48,7 @@ def tensors(draw: st.DrawFn) -> torch.Tensor:
     high = 2 if dtype is torch.bool else 256
     bits = torch.randint(0, high, (*shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
     tensor = bits.view(dtype).reshape(shape)
-    return tensor.transpose(0, -1) if shape and draw(st.booleans()) else tensor
+    return tensor.transpose(0, -1) if draw(st.booleans()) and shape else tensor
 
 
 def _bits(tensor: torch.Tensor) -> bytes:

@@ -90,7 +90,7 @@ ARRAY = np.arange(6, dtype=np.float32).reshape(2, 3)
 def _from_value(folder: Path, value: Any) -> torch.Tensor:
     _python(folder, "VALUE = None\ndef make():\n    return {'x': VALUE}\n", "users_values.py")
     function = import_callable("users_values:make", folder)
-    function.__globals__["VALUE"] = value  # type: ignore[attr-defined]
+    function.__globals__["VALUE"] = value
     return load_inputs("users_values:make", folder)["x"]
 
 

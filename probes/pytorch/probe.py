@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 import re
 from collections import Counter
@@ -184,7 +185,7 @@ class _OwnKeys:
     def __init__(self, stacks: tuple[Stack, ...], sink: Sink) -> None:
         self._stack = stacks[0] if len(stacks) == 1 else None
         self._sink = sink
-        self._seen: dict[Site, tuple[torch.Size, int]] = {}
+        self._seen: dict[Site, tuple[torch.Size, bytes]] = {}
 
     def saw(self, seen: Observation) -> None:
         if self._stack is not None and seen.site.tensor in ("key", "value"):
@@ -220,8 +221,13 @@ class _OwnKeys:
         return tuple(notes)
 
 
-def _hash(tensor: Tensor) -> int:
-    return int(torch.hash_tensor(tensor.contiguous()).view(torch.int64).item())
+def _hash(tensor: Tensor) -> bytes:
+    """Digest of the bits along both of the last two axes: torch's hash is an exclusive or, which a
+    permutation along one axis alone would leave unchanged."""
+    digest = hashlib.sha256()
+    for axis in (-1, -2):
+        digest.update(torch.hash_tensor(tensor, dim=axis).view(torch.int64).cpu().numpy().tobytes())
+    return digest.digest()
 
 
 def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,44 @@
+"""Where a site lies in an ONNX graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from divergence.sites import Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """A site and the value of the graph that holds its tensor.
+
+    Attributes:
+        site: the site.
+        value: name of the value.
+        axes: names of the axes of the site's tensor, after `index` and `heads` are applied.
+        how: how it was found, for people.
+        method: one word for it: `override`, `name`, `scope`, `value`, `pattern` or `output`.
+        index: which slice of the value's first axis the site is, where it is stacked.
+        heads: number of heads into which the last axis is split, where it holds all of them.
+    """
+
+    site: Site
+    value: str
+    axes: tuple[str, ...]
+    how: str
+    method: str
+    index: int | None = None
+    heads: int | None = None
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """The site's tensor from its value: a view of it."""
+        if self.index is not None:
+            value = value[self.index]
+        if self.heads is not None and value.dim() == 3:
+            value = value.unflatten(2, (self.heads, value.shape[2] // self.heads))
+        return value
+
+    def axes_of(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """`axes` if they fit the tensor's rank, else nothing."""
+        return self.axes if len(self.axes) == tensor.dim() else ()
