@@ -24,6 +24,8 @@ from divergence.probes import Observation, Progress, silent
 from divergence.probes.pytorch.observer import (
     LayerCall,
     LayerObserver,
+    caches_in,
+    put_cached,
     replaced,
     snapshot,
     with_first_tensor,
@@ -145,6 +147,7 @@ class Replayer:
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
         args = tuple(snapshot(value) for value in args)
         kwargs = {name: snapshot(value) for name, value in kwargs.items()}
+        self._give_past(call, args, kwargs)
         # Only this layer is watched, under its own index: caches are read by it.
         stacks = [stack for stack in self._probe.stacks if stack.name == call.stack]
         with contextlib.ExitStack() as active:
@@ -153,6 +156,13 @@ class Replayer:
                 active.enter_context(reduced([call.module], run_in))
             call.module(*args, **kwargs)
         return seen
+
+    def _give_past(self, call: LayerCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Puts what the candidate cached in the call before into the cache: that too is its input."""
+        for tensor in ("key", "value"):
+            past = self._candidate(Site(call.layer, tensor, call.stack, call.call - 1))
+            if past is not None:
+                put_cached(caches_in(args, kwargs), call.layer, tensor, past.to(self._device, self._dtype))
 
     def _outside(
         self, notes: list[str]

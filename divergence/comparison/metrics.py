@@ -325,7 +325,8 @@ def _float64(tensor: torch.Tensor) -> Floats:
 def _bytes(tensor: torch.Tensor) -> bytes:
     import torch
 
-    return tensor.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    copy = tensor.to("cpu").clone(memory_format=torch.contiguous_format).reshape(-1)
+    return copy.view(torch.uint8).numpy().tobytes()
 
 
 def _pooled(sums: list[Floats], entries: int) -> Floats:

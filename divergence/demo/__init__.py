@@ -1,11 +1,24 @@
 """The bundled model, its inputs, and its exports to ONNX: what `divergence demo` runs on.
 
-    model = load()                                          the reference
-    export("clean.onnx")                                    passes
-    export("faulty.onnx", rotary_dtype=torch.bfloat16)      fails at layers.0.key
+    model = load()                                      the reference
+    write_bundled("clean", "clean.onnx")                passes
+    write_bundled("rotary-bf16", "faulty.onnx")         fails at layers.0.key
+    export("gain.onnx", value_gain={3: 1.02})           any other fault, through torch's exporter
 """
 
+from divergence.demo.bundle import BUNDLED, write_bundled
 from divergence.demo.export import INPUTS, OUTPUTS, export, inputs, load, planted
 from divergence.demo.model import DemoConfig, DemoDecoder
 
-__all__ = ["INPUTS", "OUTPUTS", "DemoConfig", "DemoDecoder", "export", "inputs", "load", "planted"]
+__all__ = [
+    "BUNDLED",
+    "INPUTS",
+    "OUTPUTS",
+    "DemoConfig",
+    "DemoDecoder",
+    "export",
+    "inputs",
+    "load",
+    "planted",
+    "write_bundled",
+]

@@ -213,7 +213,7 @@ class LayerObserver:
         """Key and value of every attention in the layer: what the cache holds, else what reaches
         the attention product, else the projections' outputs."""
         site = current.site
-        caches = _caches(args, kwargs)
+        caches = caches_in(args, kwargs)
         emitted: set[str] = set()
         for product, path in current.products:
             cross = bool(_CROSS.search(path)) or "key" in emitted
@@ -381,7 +381,7 @@ def _snapshot_layer(layer: Any) -> Any:
     return taken
 
 
-def _caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+def caches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     return [
         value
         for value in (*args, *kwargs.values())
@@ -392,17 +392,30 @@ def _caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
 
 def _cached(caches: Sequence[Any], layer: int | None, tensor: str) -> Tensor | None:
     """The tensor that a cache of transformers holds for `layer`, or None."""
+    for entry in _entries(caches, layer, tensor):
+        held = getattr(entry, f"{tensor.removeprefix('cross_')}s", None)
+        if isinstance(held, Tensor) and held.dim() == 4:
+            return held
+    return None
+
+
+def put_cached(caches: Sequence[Any], layer: int, tensor: str, value: Tensor) -> None:
+    """Replaces what the caches hold for `layer` by `value`, where they hold a tensor of its shape."""
+    for entry in _entries(caches, layer, tensor):
+        held = getattr(entry, f"{tensor}s", None)
+        if isinstance(held, Tensor) and held.shape == value.shape:
+            setattr(entry, f"{tensor}s", value)
+
+
+def _entries(caches: Sequence[Any], layer: int | None, tensor: str) -> Iterator[Any]:
+    """What each cache of transformers holds for `layer`."""
     for cache in caches:
         if hasattr(cache, "self_attention_cache"):
             cross = tensor.startswith("cross_")
             cache = cache.cross_attention_cache if cross else cache.self_attention_cache
         layers = getattr(cache, "layers", None)
-        if not isinstance(layers, Sequence) or layer is None or layer >= len(layers):
-            continue
-        held = getattr(layers[layer], f"{tensor.removeprefix('cross_')}s", None)
-        if isinstance(held, Tensor) and held.dim() == 4:
-            return held
-    return None
+        if isinstance(layers, Sequence) and layer is not None and layer < len(layers):
+            yield layers[layer]
 
 
 def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:

@@ -111,8 +111,8 @@ def test_scaling_both_scales_what_has_units(case: Case, power: int) -> None:
 def test_cosine_ignores_the_scale_of_one_side(case: Case, scale: float) -> None:
     """And its sign turns with that of the scale."""
     m, grown, turned = run(case), run(case, cand=case.cand * scale), run(case, cand=-case.cand)
-    assert grown.cosine == pytest.approx(m.cosine, abs=ORDER)
     if m.cosine is not None and m.ref_norm:
+        assert grown.cosine == pytest.approx(m.cosine, abs=ORDER)
         assert turned.cosine == pytest.approx(-m.cosine, abs=ORDER)
 
 
@@ -133,7 +133,8 @@ def test_permuting_tokens_permutes_the_token_profile(case: Case, random: Any) ->
         )
         other = run(case, ref=ref, cand=cand, mask=mask)
         np.testing.assert_allclose(other.token, m.token[:, order], rtol=ORDER, atol=0)
-        assert other.mse == pytest.approx(m.mse, rel=ORDER)
+        if m.mse is not None:
+            assert other.mse == pytest.approx(m.mse, rel=ORDER)
         assert (other.max_abs, other.ref_nonfinite) == (m.max_abs, m.ref_nonfinite)
 
 
@@ -142,8 +143,7 @@ def test_permuting_tokens_permutes_the_token_profile(case: Case, random: Any) ->
 def test_figures_hang_together(case: Case) -> None:
     """mse is the squared error norm over n; mean <= rms <= max; cosine stays within [-1, 1]."""
     m = run(case)
-    assert m.elements == m.compared + int(m.elements - m.compared)
-    assert m.compared >= m.elements - m.ref_nonfinite - m.cand_nonfinite
+    assert m.elements >= m.compared >= m.elements - m.ref_nonfinite - m.cand_nonfinite
     if m.mse is None or m.error_norm is None or m.mean_abs is None or m.max_abs is None:
         assert m.compared == 0
         return

@@ -1,0 +1,58 @@
+"""`divergence demo`: the main job on the bundled model."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+
+def run(out: Path | None) -> int:
+    """Compares the bundled model with a clean ONNX export, and with one whose rotary angles are
+    computed in bfloat16.
+
+    Args:
+        out: folder for both reports, in `clean/` and `fault/`; None to keep none.
+
+    Returns:
+        Exit status: 0 if the first passes and the second fails at `layers.0.key`, else 1.
+    """
+    import torch
+
+    from divergence.config import Config
+    from divergence.demo import export, inputs, load
+    from divergence.pipeline import compare
+    from divergence.reports.progress import progress
+    from divergence.reports.terminal import render
+
+    candidates = {
+        "clean": ("a clean export of the model", None),
+        "fault": ("an export that computes its rotary angles in bfloat16", torch.bfloat16),
+    }
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="divergence-demo-") as folder:
+        for name, (title, dtype) in candidates.items():
+            path = Path(folder) / f"{name}.onnx"
+            with progress(sys.stderr, sys.stderr.isatty()) as shown:
+                shown(f"exporting {title}", 0, 1)
+                export(path, rotary_dtype=dtype)
+                result = compare(
+                    load(), path, inputs(), config=Config(), command="divergence demo", progress=shown
+                )
+            click.echo(f"PyTorch against {title}:\n")
+            click.echo(render(result, color=sys.stdout.isatty()))
+            if out is not None:
+                result.save(out / name / "report.json")
+                click.echo(f"report: {out / name / 'report.json'}")
+            click.echo("")
+            found[name] = result
+    first = found["fault"].first_divergence
+    right = found["clean"].verdict == "pass" and first is not None and first.site == "layers.0.key"
+    click.echo(
+        "As it should be: the clean export passes, and the planted fault is found at layers.0.key."
+        if right
+        else "Not as it should be: the clean export must pass, and the planted fault be found at layers.0.key."
+    )
+    return 0 if right else 1

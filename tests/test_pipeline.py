@@ -1,0 +1,252 @@
+"""The main job between PyTorch modules: planted faults whose layer and tensor are known."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import divergence
+from divergence.config import Config, Tolerance, parse_tolerance
+from divergence.errors import ConfigurationError, InputError
+from divergence.pipeline import compare, record
+from divergence.probes import silent
+from divergence.probes.pytorch import PyTorchProbe
+from divergence.result import Comparison
+from tests.models import MODELS, inputs_for, llama
+
+LAYERS = 6
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def judged(ref: Any, cand: Any, inputs: Any = None, **options: Any) -> Comparison:
+    """Compares without any configuration file."""
+    given = inputs_for("llama", tokens=33) if inputs is None else inputs
+    return compare(ref, cand, given, config=Config(), **options)
+
+
+def faulty(model: nn.Module, layer: int, projection: str = "v_proj", gain: float = 1.02) -> nn.Module:
+    """A copy with one projection too large."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.{layer}.self_attn.{projection}").weight.mul_(gain)  # type: ignore[operator, union-attr]
+    return model
+
+
+def stored(model: nn.Module, precision: str) -> nn.Module:
+    """A copy with its parameters in `precision`."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[precision])
+    return model
+
+
+def test_a_model_against_itself_is_equal_to_the_bit() -> None:
+    model = llama(LAYERS)
+    result = judged(model, model)
+    assert (result.verdict, result.reason) == ("pass", "all 19 sites are equal to the bit")
+    assert all(s.bit_equal for s in result.sites)
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "gpt2", "bert", "opt", "t5", "whisper"])
+def test_a_clean_candidate_passes(kind: str, precision: str) -> None:
+    model = MODELS[kind]()
+    candidate = stored(model, precision)
+    if precision == "fp32":
+        candidate.config._attn_implementation = "eager"  # type: ignore[union-attr, assignment]
+    inputs = inputs_for(kind, tokens=17)
+    given = {n: t.to(DTYPES[precision]) if t.is_floating_point() else t for n, t in inputs.items()}
+    assert judged(Cast(model, DTYPES[precision]), Cast(candidate, DTYPES[precision]), given).verdict == "pass"
+
+
+class Cast(nn.Module):
+    """Takes inputs in one dtype and hands them over in that of the model."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Tensor) -> Any:
+        dtype = next(self.model.parameters()).dtype
+        return self.model(**{n: t.to(dtype) if t.is_floating_point() else t for n, t in inputs.items()})
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("layer", [0, 3, 5])
+@pytest.mark.parametrize(("projection", "tensor"), [("v_proj", "value"), ("k_proj", "key"), ("o_proj", "hidden")])
+def test_a_gain_of_two_percent_is_found(precision: str, layer: int, projection: str, tensor: str) -> None:
+    model = llama(LAYERS)
+    gain = 1.02 if tensor != "hidden" else 1.1
+    result = judged(model, stored(faulty(model, layer, projection, gain), precision))
+    assert result.verdict == "fail"
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == f"layers.{layer}.{tensor}"
+    # Later layers only pass on what came in.
+    assert all(s.verdict == "pass" for s in result.sites if s.layer is not None and s.layer > layer)
+
+
+def chaotic() -> nn.Module:
+    """A model that multiplies every error: sharp attention in every layer."""
+    return llama(12, initializer_range=0.6)
+
+
+def test_a_clean_half_precision_run_of_a_chaotic_model_passes_and_a_fault_does_not() -> None:
+    model = chaotic()
+    clean = judged(model, stored(model, "bf16"))
+    assert clean.site("layers.11.hidden").rel_l2 > 0.1, "not chaotic: this test would show nothing"
+    assert clean.verdict == "pass", clean.reason
+    result = judged(model, stored(faulty(model, 7), "bf16"))
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == "layers.7.value"
+
+
+def test_padding_is_excluded_and_shown_apart() -> None:
+    model = llama(LAYERS)
+    inputs = inputs_for("llama", tokens=12)
+    inputs["attention_mask"][0, :5] = 0
+
+    class Spoiled(nn.Module):
+        """Spoils the embedding of padded tokens, which no valid token may see."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = copy.deepcopy(model)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            wrong = torch.where(attention_mask == 0, 5, input_ids)
+            return self.model(input_ids=wrong, attention_mask=attention_mask)
+
+    result = judged(model, Spoiled(), inputs)
+    assert result.verdict == "pass", result.reason
+    assert (result.site("layers.0.value").padded_max_abs or 0) > 1e-3
+
+
+def test_a_candidate_with_nan_fails_there() -> None:
+    model = llama(LAYERS)
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_submodule("model.layers.2.self_attn.k_proj").weight[3, 3] = float("nan")  # type: ignore[index, operator, union-attr]
+    result = judged(model, broken)
+    assert result.verdict == "fail"
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.2.key"
+    assert "NaN or Inf" in result.site("layers.2.key").reason
+    assert result.site("layers.2.key").cand_nonfinite == 2 * 33 * 2  # the rotary embedding mixes two channels
+
+
+def test_a_wrong_embedding_is_not_excused_as_propagated() -> None:
+    model = llama(LAYERS)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("model.embed_tokens").weight.mul_(torch.linspace(0.9, 1.1, 32))  # type: ignore[operator, union-attr]
+    result = judged(model, wrong)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.0.key"
+
+
+def test_a_wrong_head_is_found_behind_clean_layers() -> None:
+    model = llama(LAYERS)
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("lm_head").weight.mul_(1.05)  # type: ignore[operator, union-attr]
+    result = judged(model, stored(wrong, "fp16"))
+    assert result.first_divergence is not None and result.first_divergence.site == "output.logits"
+
+
+def test_another_number_of_layers_fails_with_what_is_missing() -> None:
+    result = judged(llama(4), llama(3))
+    assert result.verdict == "fail"
+    assert {u.site for u in result.unmatched} >= {"layers.3.key", "layers.3.value", "layers.3.hidden"}
+
+
+def test_excluded_sites_do_not_count() -> None:
+    model = llama(LAYERS)
+    result = judged(model, faulty(model, 5), exclude=["layers.5.*", "output.*"])
+    assert result.verdict == "pass"
+    assert {u.state for u in result.unmatched} == {"excluded"}
+
+
+def test_absolute_limits_judge_without_a_floor() -> None:
+    model = llama(LAYERS)
+    loose = Tolerance(policy="absolute", sites={"*": {"rel_l2": 0.5}})
+    assert judged(model, faulty(model, 3), tolerance=loose).verdict == "pass"
+    strict = parse_tolerance("layers.*.value:rel_l2=1e-3", loose)
+    result = judged(model, faulty(model, 3), tolerance=strict)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.3.value"
+    assert result.site("layers.3.value").reason == "rel_l2 0.02 is above the limit 0.001"
+
+
+def test_a_capture_is_a_source_like_any_other(tmp_path: Path) -> None:
+    model, inputs = llama(LAYERS), inputs_for("llama", tokens=33)
+    path = tmp_path / "cand.capture"
+    record(PyTorchProbe(faulty(model, 2)), inputs, path, detail=False, progress=silent)
+    result = judged(model, path, inputs)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.2.value"
+    with pytest.raises(InputError, match="was recorded on inputs [0-9a-f]+ and these are"):
+        judged(model, path, inputs_for("llama", tokens=20))
+
+
+def test_without_a_reference_that_runs_there_is_no_floor_and_no_silent_pass(tmp_path: Path) -> None:
+    model, inputs = llama(LAYERS), inputs_for("llama", tokens=33)
+    path = tmp_path / "ref.capture"
+    record(PyTorchProbe(model), inputs, path, detail=False, progress=silent)
+    with pytest.raises(ConfigurationError, match="only a PyTorch reference can be run"):
+        judged(path, stored(model, "fp16"), inputs)
+    given = judged(path, stored(model, "fp16"), inputs, floor=stored(model, "fp16"))
+    assert given.verdict == "pass" and given.policy.floor_from == "given: pytorch"
+
+
+def test_the_same_comparison_twice_gives_the_same_report_but_for_times() -> None:
+    model = llama(LAYERS)
+    one, two = (json.loads(judged(model, stored(faulty(model, 3), "fp16")).to_json()) for _ in range(2))
+    for report in (one, two):
+        assert report["environment"].pop("seconds") > 0
+        assert report["environment"].pop("date")
+    assert one == two
+
+
+def test_two_candidates_in_one_process_do_not_disturb_each_other() -> None:
+    model = llama(LAYERS)
+    alone = judged(model, faulty(model, 1)).sites
+    judged(model, stored(model, "bf16"))
+    assert judged(model, faulty(model, 1)).sites == alone
+
+
+def test_assert_close_names_site_and_figures() -> None:
+    model = llama(LAYERS)
+    assert divergence.assert_close(model, model, inputs_for("llama"), config=Config()).verdict == "pass"
+    with pytest.raises(AssertionError, match=r"^layers\.3\.value introduces a relative error of 0\.02, [\d.e+]+x"):
+        divergence.assert_close(model, faulty(model, 3), inputs_for("llama"), config=Config())
+
+
+def test_several_calls_of_a_layer_are_replayed_each_on_its_own_cache() -> None:
+    class Unrolled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            first = self.inner(input_ids=input_ids[:, :20], use_cache=True)
+            second = self.inner(input_ids=input_ids[:, 20:], past_key_values=first.past_key_values)
+            return second.logits  # type: ignore[no-any-return]
+
+    model, inputs = llama(LAYERS), {"input_ids": inputs_for("llama", tokens=33)["input_ids"]}
+    clean = judged(Unrolled(model), Unrolled(stored(model, "fp16")), inputs)
+    assert clean.verdict == "pass", clean.reason
+    assert clean.site("layers.2.key@2").introduced is not None
+    result = judged(Unrolled(model), Unrolled(stored(faulty(model, 2), "fp16")), inputs)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.2.value"
+
+
+def test_a_second_stack_is_replayed_on_what_the_first_one_gave_it() -> None:
+    model = MODELS["t5"]()
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("encoder.block.1.layer.0.SelfAttention.v").weight.mul_(1.02)  # type: ignore[operator, union-attr]
+    result = judged(model, stored(wrong, "fp16"), inputs_for("t5", tokens=17))
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == "encoder.layers.1.value"
