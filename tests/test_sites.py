@@ -116,7 +116,7 @@ def test_execution_order_does_not_depend_on_the_order_given(sites: list[Site], r
 def test_patterns_match_whole_sites_and_all_calls_unless_one_is_named(
     site: str,
     pattern: str,
-    expected: bool,  # noqa: FBT001 - a case's expected value
+    expected: bool,
 ) -> None:
     assert matches(Site.parse(site), pattern) is expected
 

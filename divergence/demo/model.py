@@ -32,11 +32,12 @@ class DemoConfig:
 
 
 def _linear(fan_in: int, fan_out: int, generator: torch.Generator, gain: float = 1.0) -> nn.Linear:
-    """A bias-free projection with weights N(0, gain^2 / fan_in): unit variance in gives gain^2 out."""
-    # skip_init: the ordinary initialisation would draw from torch's global generator.
-    linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, fan_in, fan_out, bias=False))
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(fan_out, fan_in, generator=generator) * gain * fan_in**-0.5)
+    """A bias-free projection with weights N(0, gain^2 / fan_in): unit variance in gives gain^2 out.
+
+    To be called without gradients.
+    """
+    linear = nn.Linear(fan_in, fan_out, bias=False)
+    linear.weight.copy_(torch.randn(fan_out, fan_in, generator=generator) * gain * fan_in**-0.5)
     return linear
 
 
@@ -179,10 +180,14 @@ class DemoDecoder(nn.Module):
     def __init__(self, config: DemoConfig | None = None, *, sdpa: bool = False) -> None:
         super().__init__()
         self.config = config = config or DemoConfig()
-        generator = torch.Generator().manual_seed(config.seed)
-        self.embed_tokens = cast(nn.Embedding, nn.utils.skip_init(nn.Embedding, config.vocabulary, config.hidden))
-        with torch.no_grad():
-            self.embed_tokens.weight.copy_(torch.randn(config.vocabulary, config.hidden, generator=generator))
+        # torch's own initialisation, overwritten below, draws from the global generator.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            self._build(torch.Generator().manual_seed(config.seed), sdpa=sdpa)
+
+    def _build(self, generator: torch.Generator, *, sdpa: bool) -> None:
+        config = self.config
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.hidden)
+        self.embed_tokens.weight.copy_(torch.randn(config.vocabulary, config.hidden, generator=generator))
         self.rotary = RotaryEmbedding(config.head_dim, config.rotary_base)
         self.layers = nn.ModuleList(DecoderLayer(config, generator, sdpa=sdpa) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.epsilon, generator)

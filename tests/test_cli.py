@@ -1,0 +1,209 @@
+"""The command line: verdicts as exit statuses, and one line for everything that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from divergence.capture import CaptureWriter, open_capture
+from divergence.pipeline import record
+from divergence.probes import silent
+from divergence.probes.pytorch import PyTorchProbe
+from tests.models import inputs_for, llama
+
+MODEL = """
+import torch
+from tests.models import llama
+
+def load():
+    return llama()
+
+def faulty():
+    model = llama()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.v_proj").weight.mul_(1.02)
+    return model
+
+def raises():
+    raise ValueError("no weights here")
+
+def text():
+    return "model"
+
+def flat():
+    return torch.nn.Linear(2, 2)
+
+def broken(
+"""
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A project: a model file, inputs, and a configuration."""
+    (tmp_path / "model.py").write_text(MODEL.split("def broken")[0])
+    (tmp_path / "broken.py").write_text(MODEL)
+    np.savez(tmp_path / "inputs.npz", **{n: t.numpy() for n, t in inputs_for("llama").items()})
+    (tmp_path / "divergence.toml").write_text(
+        'inputs = "inputs.npz"\n[sources.pytorch]\nmodel = "model.py:load"\n[sources.wrong]\nmodel = "model.py:faulty"\n'
+    )
+    return tmp_path
+
+
+def divergence(folder: Path, *args: str) -> tuple[int, str, str]:
+    """Runs the command line in this process; status, stdout, stderr."""
+    from click.testing import CliRunner
+
+    from divergence.cli import main
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(ROOT))
+        result = CliRunner().invoke(main, args)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(folder: Path, *args: str) -> str:
+    """The one line that a refused command prints."""
+    status, _, err = divergence(folder, *args)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_the_whole_command_passes_and_writes_its_report(folder: Path) -> None:
+    status, out, err = divergence(folder, "compare", "--ref", "pytorch", "--cand", "pytorch", "--out", "report")
+    assert status == 0 and "error" not in err
+    assert "PASS" in out and "equal to the bit" in out
+    assert json.loads((folder / "report/report.json").read_text())["verdict"] == "pass"
+    assert "\x1b" not in out
+
+
+def test_a_fault_is_exit_status_1(folder: Path) -> None:
+    status, out, _ = divergence(folder, "compare", "--ref", "pytorch", "--cand", "wrong", "--out", "report")
+    assert status == 1
+    assert "FAIL" in out and "layers.1.value" in out
+    report = json.loads((folder / "report/report.json").read_text())
+    assert report["first_divergence"] == {"site": "layers.1.value", "stack": "", "layer": 1, "tensor": "value"}
+    assert report["schema"] == 1
+
+
+def test_captures_are_made_and_compared(folder: Path) -> None:
+    assert divergence(folder, "capture", "wrong", "--out", "run.capture")[0] == 0
+    assert len(open_capture(folder / "run.capture").sites) == 10
+    assert divergence(folder, "compare", "--ref", "pytorch", "--cand", "run.capture")[0] == 1
+
+
+def test_inspect_lists_the_sites(folder: Path) -> None:
+    status, out, _ = divergence(folder, "inspect", "pytorch")
+    assert status == 0
+    assert "layers.2.key" in out and "cache" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--cand", "missing.onnx"], "missing.onnx"),
+        (["--cand", "wrnog"], "no such file, and no source of that name in the configuration; did you mean 'wrong'?"),
+        (["--cand", "pytorch:model.py:raises"], "raised ValueError: no weights here"),
+        (["--cand", "pytorch:model.py:text"], "returned str, not a torch.nn.Module"),
+        (["--cand", "pytorch:model.py:flat"], "has no layer stack"),
+        (["--cand", "pytorch:model.py:laod"], "'load'"),
+        (["--cand", "pytorch:absent.py:load"], "absent.py: no such file"),
+        (["--cand", "pytorch:broken.py:load"], "SyntaxError"),
+        (["--cand", "model.py"], "model.py"),
+        (["--cand", "engine.plan"], "TensorRT"),
+        (["--cand", "pytorch", "--precision", "fp61"], "precision 'fp61' is unknown"),
+        (["--cand", "pytorch", "--inputs", "none.npz"], "none.npz"),
+        (["--cand", "pytorch", "--tolerance", "cosin=1"], "cosin"),
+        (["--cand", "pytorch", "--keep-captures"], "--keep-captures needs --out"),
+        (["--cand", "pytorch", "--config", "absent.toml"], "absent.toml"),
+        ([], "Missing option '--cand'"),
+    ],
+)
+def test_bad_input_is_one_line(folder: Path, args: list[str], message: str) -> None:
+    assert message in refused(folder, "compare", "--ref", "pytorch", *args)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"tokens": np.zeros((1, 4), np.int64)}, "raised"),
+        ({"input_ids": np.zeros((1, 4), np.float32)}, "input_ids float32[1, 4]"),
+        ({"input_ids": np.zeros((4,), np.int64)}, "input_ids int64[4]"),
+        ({"input_ids": np.full((1, 4), 5000)}, "raised IndexError"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_one_line(folder: Path, inputs: dict[str, np.ndarray], message: str) -> None:
+    np.savez(folder / "bad.npz", **inputs)  # type: ignore[arg-type]
+    assert message in refused(folder, "compare", "--ref", "pytorch", "--cand", "wrong", "--inputs", "bad.npz")
+
+
+def test_an_unknown_key_names_the_nearest(folder: Path) -> None:
+    (folder / "divergence.toml").write_text('[sources.pytorch]\nmodle = "model.py:load"\n')
+    assert "'model'" in refused(folder, "compare", "--ref", "pytorch", "--cand", "pytorch")
+
+
+def test_captures_that_cannot_be_used_are_refused(folder: Path) -> None:
+    (folder / "empty.capture").mkdir()
+    assert "the capture is empty" in refused(folder, "compare", "--ref", "pytorch", "--cand", "empty.capture")
+    (folder / "cut.capture.partial").mkdir()
+    assert "interrupted" in refused(folder, "compare", "--ref", "pytorch", "--cand", "cut.capture")
+
+
+def test_a_capture_of_another_model_is_refused(folder: Path) -> None:
+    other = llama(layers=2, hidden_size=16, intermediate_size=32)
+    record(PyTorchProbe(other), inputs_for("llama"), folder / "other.capture", detail=False, progress=silent)
+    message = refused(folder, "compare", "--ref", "pytorch", "--cand", "other.capture")
+    assert "different models" in message
+
+
+def test_a_full_disk_while_capturing_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: CaptureWriter) -> None:
+        raise self._failed(OSError(28, "No space left on device"))
+
+    monkeypatch.setattr(CaptureWriter, "_flush", full)
+    assert "the disk is full" in refused(folder, "capture", "pytorch", "--out", "run.capture")
+    assert not list(folder.glob("run.capture*"))
+
+
+def test_help_loads_no_framework() -> None:
+    code = (
+        "import sys; sys.argv = ['divergence', '--help']\n"
+        "from divergence.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import divergence\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+
+
+def test_the_public_names_are_there() -> None:
+    import divergence as package
+
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    assert callable(package.capture) and callable(package.compare)
+
+
+def test_progress_is_told(folder: Path) -> None:
+    seen: set[str] = set()
+    model = llama()
+    from divergence.config import Config
+    from divergence.pipeline import compare
+
+    half = llama()
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    compare(model, half, inputs_for("llama"), config=Config(), progress=lambda label, done, total: seen.add(label))
+    assert any("noise floor" in label for label in seen) and any("replaying" in label for label in seen)
