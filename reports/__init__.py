@@ -1,0 +1,134 @@
+"""Reports: one renderer a file, each a pure function of a `Comparison`.
+
+Here is what they share: how figures are written, and what is said of a site in words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from divergence.config import Tolerance
+from divergence.result import METRICS, Policy, SiteResult
+from divergence.sites import Site
+
+
+def plain(text: object, *, ascii_only: bool = False) -> str:
+    r"""`text` on one line and harmless to a terminal: control characters and, with `ascii_only`,
+    everything beyond ASCII are written as escapes (`\x1b`)."""
+    written = "".join(
+        " " if c.isspace() else c if c.isprintable() else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
+    return written.encode("ascii", "backslashreplace").decode() if ascii_only else written
+
+
+def figure(value: float | None, digits: int = 2) -> str:
+    """An error to `digits` significant digits: `2.0e-2`; `-` for None, `NaN` and `Inf` as such."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A value in at most `digits` significant digits, plain where it can be: `-35`, `0.047`, `1e-5`."""
+    mantissa, _, exponent = f"{value:.{digits}g}".partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def times(ratio: float | None) -> str:
+    """A ratio in at most seven characters: `1.3x`, `21x`, `2e4x`; `-` for None."""
+    if ratio is None or not math.isfinite(ratio):
+        return figure(ratio)
+    if abs(ratio) >= 9999.5:
+        return f"{number(ratio, 1)}x"
+    return f"{ratio:.1f}x" if ratio < 9.95 else f"{ratio:.0f}x"
+
+
+def span(low: float | None, high: float | None) -> str:
+    """A range of values: `[-35, 40]`; `[]` where there is none."""
+    return "[]" if low is None or high is None else f"[{number(low)}, {number(high)}]"
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The figures by which a site was judged.
+
+    Attributes:
+        error: relative L2 error, introduced or cumulative; of a cumulative error the worse of
+            whole tensor and median token.
+        floor: its noise floor.
+        ratio: error over floor.
+        limit: largest ratio allowed.
+        introduced: whether the error is what the layer itself adds.
+    """
+
+    error: float | None
+    floor: float | None
+    ratio: float | None
+    limit: float
+    introduced: bool
+
+
+def address(site: SiteResult) -> Site:
+    """The address of `site`."""
+    return Site(site.layer, site.tensor, site.stack, site.call)
+
+
+def judged(site: SiteResult, policy: Policy) -> Judged:
+    """The figures by which `site` was judged: the introduced error where replay gave one."""
+    limit = _tolerance(policy).ratio_at(address(site))
+    if site.introduced_ratio is not None:
+        return Judged(site.introduced, site.introduced_floor, site.introduced_ratio, limit, introduced=True)
+    errors = [e for e in (site.rel_l2, site.row_rel_l2) if e is not None]
+    worst = next((e for e in errors if math.isnan(e)), max(errors, default=None))
+    return Judged(worst, site.floor, site.ratio, limit, introduced=False)
+
+
+def in_words(site: SiteResult, policy: Policy) -> str:
+    """What is wrong with `site` and by how much, figure against limit, in one sentence."""
+    if site.cand_nonfinite > site.ref_nonfinite:
+        return f"{site.cand_nonfinite} values are NaN or Inf (in the reference {site.ref_nonfinite})"
+    exceeded = exceeded_limits(site, policy)
+    if exceeded:
+        return "; ".join(exceeded)
+    by = judged(site, policy)
+    if by.error is None or by.ratio is None or not by.ratio > by.limit:
+        return site.reason or "within its limits"
+    # The ratio is the worse of whole tensor and median token; the floor here is the whole tensor's.
+    whole = by.error and by.floor and math.isclose(by.error / by.floor, by.ratio, rel_tol=0.05)
+    floor = f"floor of {figure(by.floor)}" if whole else "floor at the median token"
+    limit = f"{number(by.ratio, 3)}x {{}} noise {floor} (limit {number(by.limit)}x)"
+    if by.introduced:
+        return f"introduces an error of {figure(by.error)}, {limit.format('its own')}"
+    return f"error {figure(by.error)} is {limit.format('the')}"
+
+
+def exceeded_limits(site: SiteResult, policy: Policy) -> list[str]:
+    """The absolute limits that `site` exceeds: `mse 3.1e-3 is above the limit 1e-5`."""
+    found = []
+    for name, limit in _tolerance(policy).limits(address(site)).items():
+        value = getattr(site, name, None)
+        if value is None or name not in METRICS:
+            continue
+        higher = METRICS[name].better == "higher"
+        if not (value >= limit if higher else value <= limit):
+            # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
+            found.append(
+                f"{name} {number(value, 6)} is {'below' if higher else 'above'} the limit {number(limit)}"
+            )
+    return found
+
+
+def _tolerance(policy: Policy) -> Tolerance:
+    return Tolerance(policy.policy, policy.ratio, policy.sites)

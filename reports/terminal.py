@@ -1,186 +1,341 @@
-"""The terminal report: verdict, first divergence, and a row per layer."""
+"""The terminal report: verdict first, then where, why, and every layer."""
 
 from __future__ import annotations
 
-import io
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from rich import box
-from rich.console import Console, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from divergence.probes import Description
-from divergence.result import Comparison, SiteResult
+from divergence.reports import counted, exceeded_limits, figure, in_words, judged, number, plain, span, times
+from divergence.reports.chart import profile
+from divergence.reports.layers import range_remarks
+from divergence.reports.page import Page
+from divergence.reports.table import write_layers
+from divergence.result import METRICS, Comparison, Policy, SiteResult, Unmatched
 
-_STYLE = {"pass": "green", "fail": "bold red", "error": "bold yellow"}
-_MARK = {"pass": "", "fail": " FAIL", "error": " ?"}
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_ASCII_BLOCKS = "_.-:=+*#"
-_FOLD_ABOVE = 40
-_FOLD_EDGE = 6
+STYLES = {"pass": "bold green", "fail": "bold red", "error": "bold yellow"}
+WORDS = {"pass": "PASS", "fail": "FAIL", "error": "ERROR"}
+
+# More names than this are given by their number; report.json has them all.
+_NAMED = 20
 
 
-def render(comparison: Comparison, *, width: int = 100, color: bool = False, ascii: bool = False) -> str:
-    """The report as text.
+def render(comparison: Comparison, *, width: int = 100, color: bool = False, ascii: bool = False) -> str:  # noqa: A002 (the flag's name)
+    """The report as text, without a newline at its end.
 
     Args:
-        comparison: what to render.
-        width: columns.
-        color: with escape sequences for a terminal.
-        ascii: draw with ASCII characters only.
+        comparison: what to show.
+        width: widest line, in character cells; at least 40 are used.
+        color: with ANSI colours; without, the text holds no escape sequence.
+        ascii: with ASCII characters only.
     """
-    parts: list[RenderableType] = [_verdict(comparison), *_judged_by(comparison)]
-    if comparison.sites:
-        parts += [Text(""), _layers(comparison, ascii)]
-    parts += _remarks(comparison)
-    return _printed(parts, width, color)
+    page = Page(width=width, color=color, ascii_only=ascii)
+    _verdict(page, comparison)
+    _first_divergence(page, comparison)
+    _causes(page, comparison)
+    write_layers(page, comparison)
+    _reasons(page, comparison)
+    _outputs(page, comparison)
+    _remarks(page, comparison)
+    _unmatched(page, comparison.unmatched)
+    if comparison.contract:
+        page.section("Contract between host and engine")
+        page.pairs((str(name), _inline(value)) for name, value in comparison.contract.items())
+    if comparison.notes:
+        page.section("Notes")
+        for note in comparison.notes:
+            page.labelled("-", note)
+    if comparison.environment or comparison.command:
+        page.section("Run")
+        page.pairs([("environment", _inline(comparison.environment)), ("command", comparison.command)])
+    return str(page)
 
 
-def render_description(description: Description, *, width: int = 100, color: bool = False) -> str:
-    """What `divergence inspect` shows of a source."""
-    head = f"{description.source} ({description.kind}, precision {description.precision or 'unknown'})"
-    sites = _table("site", "dtype", "shape", "found")
-    for info in description.sites:
-        sites.add_row(Text(str(info.site)), Text(info.dtype), Text(str(list(info.shape))), Text(info.found))
-    parts: list[RenderableType] = [Text(head)]
-    parts += [Text(f"input {name}: {what}") for name, what in description.inputs.items()]
-    parts += [Text(""), sites]
-    if description.operators:
-        operators = _table("operator", "runs in")
-        for name, counts in sorted(description.operators.items()):
-            operators.add_row(Text(name), Text(", ".join(f"{n} x {dtype}" for dtype, n in counts.items())))
-        parts += [Text(""), operators]
-    parts += [Text(f"note: {note}") for note in description.notes]
-    return _printed(parts, width, color)
-
-
-def _printed(parts: Iterable[RenderableType], width: int, color: bool) -> str:
-    stream = io.StringIO()
-    console = Console(
-        file=stream,
-        width=width,
-        force_terminal=color,
-        color_system="standard" if color else None,
-        legacy_windows=False,
-        highlight=False,
+def render_description(
+    description: Description,
+    *,
+    width: int = 100,
+    color: bool = False,
+    ascii: bool = False,  # noqa: A002 (as above)
+) -> str:
+    """What `divergence inspect` prints of a source; arguments as of `render`."""
+    page = Page(width=width, color=color, ascii_only=ascii)
+    page.text(description.source, "bold")
+    page.pairs(
+        [("kind", description.kind), ("precision", description.precision or "not shown by the source")]
     )
-    for part in parts:
-        console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
-def _verdict(comparison: Comparison) -> Text:
-    text = Text(comparison.verdict.upper(), style=_STYLE[comparison.verdict])
-    text.append(f"  {comparison.reason}", style="default")
-    return text
-
-
-def _judged_by(comparison: Comparison) -> list[RenderableType]:
-    lines: list[RenderableType] = [Text(f"{comparison.candidate} against {comparison.reference}")]
-    if comparison.first_divergence is not None:
-        lines.append(Text(f"first divergence: {comparison.first_divergence.site}", style="bold"))
-    for cause in comparison.causes:
-        share = f" ({cause.explained:.0%} explained)" if cause.explained is not None else ""
-        lines.append(Text(f"cause: {cause.title}{share}; {cause.fix}"))
-    policy = comparison.policy
-    if policy.floor_from:
-        lines.append(
-            Text(
-                f"judged by: {policy.judged} error, at most {policy.ratio:g}x the noise floor of "
-                f"{policy.precision} ({policy.precision_from}; floor: {policy.floor_from})"
-            )
+    if description.inputs:
+        page.section("Inputs")
+        page.pairs(description.inputs.items())
+    if description.sites:
+        page.section("Sites", f"{len(description.sites)}, and how each was found")
+        page.pairs(
+            (str(info.site), "  ".join(filter(None, (_type_of(info.dtype, info.shape), info.found))))
+            for info in description.sites
         )
-    elif policy.policy == "absolute":
-        lines.append(Text("judged by: absolute limits"))
-    return lines
+    else:
+        page.section("Sites", "none were found")
+    if description.operators:
+        page.section("Operators", "how many of each type run in which dtype")
+        page.pairs(
+            (operator, ", ".join(f"{n} in {dtype}" for dtype, n in by_dtype.items()) or "-")
+            for operator, by_dtype in sorted(description.operators.items())
+        )
+    if description.notes:
+        page.section("Notes")
+        for note in description.notes:
+            page.labelled("-", note)
+    return str(page)
 
 
-def _layers(comparison: Comparison, ascii: bool) -> Table:
-    """A row per layer call: relative error and, in brackets, its ratio to the floor."""
-    rows: dict[tuple[str, int | None, int, str], dict[str, SiteResult]] = {}
-    for site in comparison.sites:
-        name = site.tensor if site.layer is None else ""
-        rows.setdefault((site.stack, site.layer, site.call, name), {})[site.tensor] = site
-    tensors = [t for t in dict.fromkeys(s.tensor for s in comparison.sites if s.layer is not None)]
-    bars = _bars([_growth(row) for row in rows.values()], _ASCII_BLOCKS if ascii else _BLOCKS)
-    table = _table("layer", *tensors, "growth")
-    for (key, row), bar, hidden in zip(rows.items(), bars, _folded(list(rows.values())), strict=True):
-        if hidden is None:
-            cells = [_cell(row.get(t)) for t in tensors]
-            if key[1] is None:
-                cells = [_cell(row[key[3]]), *[Text("")] * (len(tensors) - 1)] if tensors else []
-            table.add_row(Text(_label(*key)), *cells, Text(bar))
-        elif hidden:
-            table.add_row(Text(hidden))
-    return table
+def render_error(message: str, *, color: bool = False, ascii: bool = False) -> str:  # noqa: A002 (as above)
+    """An error message as one line, however long, so that paths in it can be copied whole."""
+    line = f"{WORDS['error']}  {plain(message, ascii_only=ascii)}"
+    return line if not color else f"\x1b[1;33m{WORDS['error']}\x1b[0m{line.removeprefix(WORDS['error'])}"
 
 
-def _label(stack: str, layer: int | None, call: int, output: str) -> str:
-    suffix = f"@{call}" if call != 1 else ""
-    if layer is None:
-        return f"output.{output}{suffix}"
-    return f"{stack}.{layer}{suffix}" if stack else f"{layer}{suffix}"
+def _verdict(page: Page, comparison: Comparison) -> None:
+    word = WORDS[comparison.verdict]
+    lead = Text(word, STYLES[comparison.verdict]) + Text("  ")
+    page.text(comparison.reason or _default_reason(comparison), "bold", indent=lead.cell_len, lead=lead)
+    page.styled(Text(""))
+    policy = comparison.policy
+    page.pairs(
+        [
+            ("reference", comparison.reference),
+            ("candidate", comparison.candidate),
+            ("judged by", _judged_by(policy)),
+            ("precision", _precision(policy)),
+            ("noise floor", policy.floor_from),
+            ("limits", _limits(policy)),
+            ("sites", _tally(comparison)),
+        ]
+    )
 
 
-def _cell(site: SiteResult | None) -> Text:
+def _default_reason(comparison: Comparison) -> str:
+    if not comparison.sites:
+        return "no site could be compared"
+    return {
+        "pass": "every site is within its limits",
+        "fail": "the candidate differs from the reference",
+        "error": "the comparison could not be judged",
+    }[comparison.verdict]
+
+
+def _judged_by(policy: Policy) -> str:
+    if policy.policy == "absolute":
+        return "absolute limits"
+    what = {
+        "introduced": "the error that each layer itself adds (introduced)",
+        "cumulative": "the error accumulated up to each site (cumulative)",
+    }[policy.judged]
+    return f"{what}, at most {number(policy.ratio)}x the noise floor"
+
+
+def _precision(policy: Policy) -> str:
+    return " ".join(filter(None, (policy.precision, policy.precision_from and f"({policy.precision_from})")))
+
+
+def _limits(policy: Policy) -> str:
+    def limit(name: str, value: float) -> str:
+        info = METRICS.get(name)
+        return f"{name} {'>=' if info is not None and info.better == 'higher' else '<='} {number(value)}"
+
+    return "; ".join(
+        f"{pattern}: {', '.join(limit(name, value) for name, value in limits.items())}"
+        for pattern, limits in policy.sites.items()
+    )
+
+
+def _tally(comparison: Comparison) -> str:
+    sites = comparison.sites
+    if not sites:
+        return "none compared"
+    equal = sum(site.bit_equal for site in sites)
+    if equal == len(sites):
+        return f"all {counted(equal, 'site')} equal to the bit"
+    parts = [f"{counted(len(sites), 'site')} compared"]
+    for verdict, words in (("fail", "over the limit"), ("error", "not judged")):
+        if number := sum(site.verdict == verdict for site in sites):
+            parts.append(f"{number} {words}")
+    if equal:
+        parts.append(f"{equal} equal to the bit")
+    if missing := sum(u.state not in ("excluded", "matched") for u in comparison.unmatched):
+        parts.append(f"{missing} unmatched")
+    return ", ".join(parts)
+
+
+def _first_divergence(page: Page, comparison: Comparison) -> None:
+    first = comparison.first_divergence
+    if first is None:
+        return
+    page.section("First divergence", "the first failing site in execution order")
+    site = next((s for s in comparison.sites if s.site == first.site), None)
     if site is None:
-        return Text("-")
-    if site.bit_equal:
-        return Text("equal")
-    error = "-" if site.rel_l2 is None else f"{site.rel_l2:.1e}"
-    ratio = site.introduced_ratio if site.introduced_ratio is not None else site.ratio
-    shown = error if ratio is None else f"{error} ({ratio:.3g}x)"
-    return Text(shown + _MARK[site.verdict], style="" if site.verdict == "pass" else _STYLE[site.verdict])
+        page.labelled(first.site, comparison.reason)
+        return
+    page.labelled(f"{site.site}:", in_words(site, comparison.policy), style="red")
+    page.pairs([*_figures(page, site, comparison.policy), ("carried on", _carried_on(comparison))])
 
 
-def _growth(row: dict[str, SiteResult]) -> float | None:
-    site = row.get("hidden") or next(iter(row.values()))
-    return site.rel_l2 if site.rel_l2 else None
+def _carried_on(comparison: Comparison) -> str:
+    spread = [
+        site
+        for site in comparison.sites
+        if site.verdict == "pass" and site.introduced_ratio is not None and _over(site, comparison.policy)
+    ]
+    return f"by {counted(len(spread), 'site')}, over the limit through no error of their own (propagated)" if spread else ""
 
 
-def _bars(errors: Sequence[float | None], blocks: str) -> list[str]:
-    """One block per row on a logarithmic scale from the smallest to the largest error."""
-    logs = [math.log10(e) if e and math.isfinite(e) else None for e in errors]
-    known = [x for x in logs if x is not None]
-    low, high = min(known, default=0.0), max(known, default=0.0)
-    span = (high - low) or 1.0
-    return ["" if x is None else blocks[0] + blocks[1] * round(12 * (x - low) / span) for x in logs]
+def _over(site: SiteResult, policy: Policy) -> bool:
+    return site.ratio is not None and site.ratio > judged(site, policy).limit
 
 
-def _folded(rows: Sequence[dict[str, SiteResult]]) -> list[str | None]:
-    """For every row None to show it, "" to leave it out, or the line that stands for those left out."""
-    shown: list[str | None] = [None] * len(rows)
-    if len(rows) <= _FOLD_ABOVE:
-        return shown
-    start = None
-    for i in range(_FOLD_EDGE, len(rows) - _FOLD_EDGE + 1):
-        passing = i < len(rows) - _FOLD_EDGE and all(s.verdict == "pass" for s in rows[i].values())
-        if passing and start is None:
-            start = i
-        elif not passing and start is not None:
-            if i - start > 2:
-                shown[start:i] = [f"... {i - start} layers pass", *[""] * (i - start - 1)]
-            start = None
-    return shown
+def _figures(page: Page, site: SiteResult, policy: Policy) -> list[tuple[str, object]]:
+    at = f" at {list(site.max_abs_at)}" if site.max_abs_at is not None else ""
+    by = judged(site, policy)
+    reached = (
+        f"error {figure(site.rel_l2)}, {times(site.ratio)} its floor of {figure(site.floor)}"
+        if by.introduced
+        else ""
+    )
+    rows: list[tuple[str, object]] = [
+        ("accumulated", reached),
+        ("difference", f"at most {number(site.max_abs, 3)}{at}" if site.max_abs is not None else ""),
+        (
+            "range",
+            f"reference {span(site.ref_min, site.ref_max)}, candidate {span(site.cand_min, site.cand_max)}",
+        ),
+        ("cosine", number(site.cosine, 6) if site.cosine is not None else ""),
+    ]
+    tokens = site.profile.token
+    if len(tokens) > 1:
+        ends = f" {figure(tokens[0])} at the first, {figure(tokens[-1])} at the last"
+        rows.append(("by token", profile(tokens, page.glyphs) + ends))
+    rows.append(("dtypes", " against ".join(filter(None, (site.ref_dtype, site.cand_dtype)))))
+    rows.append(("layout", site.layout))
+    rows.append(("found", "; ".join(filter(None, (site.found_ref, site.found_cand)))))
+    return rows
 
 
-def _remarks(comparison: Comparison) -> list[RenderableType]:
-    lines: list[str] = []
-    for site in comparison.sites:
-        if site.verdict != "pass" or (site.reason and not site.bit_equal):
-            lines.append(f"{site.site}: {site.reason}")
-    shown = [*lines[:12], *([f"... and {len(lines) - 12} more"] if len(lines) > 12 else [])]
-    for item in comparison.unmatched:
-        suggestion = f"; {item.suggestion}" if item.suggestion else ""
-        shown.append(f"{item.site}: {item.state}: {item.reason}{suggestion}")
-    shown += [f"note: {note}" for note in comparison.notes]
-    return [Text(""), *(Text(line) for line in shown)] if shown else []
+def _causes(page: Page, comparison: Comparison) -> None:
+    if not comparison.causes:
+        return
+    page.section("Causes", "best explanation first")
+    where = comparison.first_divergence.site if comparison.first_divergence else "the first divergence"
+    for i, cause in enumerate(comparison.causes, 1):
+        share = (
+            f" (explains {number(100 * cause.explained)} % of the error at {where})"
+            if cause.explained is not None
+            else ""
+        )
+        page.labelled(f"{i}.", f"{cause.title}{share}")
+        labels = ["   evidence"] + [""] * len(cause.evidence)
+        page.pairs([*zip(labels, cause.evidence, strict=False), ("   fix", cause.fix)])
+
+
+def _reasons(page: Page, comparison: Comparison) -> None:
+    """What the table of layers cannot show: limits other than the floor's, and why a site has no verdict."""
+    first = comparison.first_divergence
+    layers = [s for s in comparison.sites if s.layer is not None and not (first and s.site == first.site)]
+    failing = [
+        (s.site, in_words(s, comparison.policy))
+        for s in layers
+        if s.verdict == "fail" and (_nonfinite(s) or exceeded_limits(s, comparison.policy))
+    ]
+    broken = [(s.site, s.reason or "no reason given") for s in layers if s.verdict == "error"]
+    for title, rows in (("More failing sites", failing), ("Not judged", broken)):
+        if rows:
+            page.section(title)
+            page.pairs(rows[:_NAMED])
+            _more(page, len(rows) - _NAMED, "sites")
+
+
+def _nonfinite(site: SiteResult) -> bool:
+    return site.cand_nonfinite > site.ref_nonfinite
+
+
+def _outputs(page: Page, comparison: Comparison) -> None:
+    outputs = [site for site in comparison.sites if site.layer is None]
+    if not outputs:
+        return
+    page.section("Outputs of the model")
+    rows = []
+    for site in outputs:
+        by = judged(site, comparison.policy)
+        error = "equal to the bit" if site.bit_equal else f"error {figure(by.error)}"
+        parts = [
+            f"{page.glyphs.marks[site.verdict]} {error}",
+            f"{times(by.ratio)} the floor" if by.ratio is not None and not site.bit_equal else "",
+            f"difference at most {number(site.max_abs, 3)}" if site.max_abs is not None else "",
+            in_words(site, comparison.policy) if site.verdict != "pass" else "",
+        ]
+        rows.append((site.site, "  ".join(filter(None, parts))))
+    page.pairs(rows)
+
+
+def _remarks(page: Page, comparison: Comparison) -> None:
+    remarks = range_remarks(comparison.sites)
+    remarks += [
+        f"{s.site}: {s.reason}"
+        for s in comparison.sites
+        if s.verdict == "pass" and _nonfinite(s) and s.reason
+    ]
+    padded = [s for s in comparison.sites if s.padded_max_abs]
+    if padded:
+        worst = max(padded, key=lambda s: s.padded_max_abs or 0.0)
+        remarks.append(
+            f"padded tokens differ by up to {number(worst.padded_max_abs or 0.0, 3)} ({worst.site}); "
+            "they count for nothing else"
+        )
+    if remarks:
+        page.section("Remarks")
+        for remark in remarks:
+            page.labelled("-", remark)
+
+
+def _unmatched(page: Page, unmatched: tuple[Unmatched, ...]) -> None:
+    by_state: dict[str, list[Unmatched]] = {}
+    for item in unmatched:
+        by_state.setdefault(item.state, []).append(item)
+    excluded = by_state.pop("excluded", [])
+    if by_state:
+        page.section("Unmatched", "sites that were not compared")
+    for state, items in by_state.items():
+        for item in items[:_NAMED]:
+            text = f"{state}: {item.reason}" if item.reason else state
+            page.labelled(item.site, f"{text}; {item.suggestion}" if item.suggestion else text)
+        _more(page, len(items) - _NAMED, state)
+    if excluded:
+        page.section("Excluded", "by name, and not judged")
+        by_reason: dict[str, list[str]] = {}
+        for item in excluded:
+            by_reason.setdefault(item.reason, []).append(item.site)
+        for reason, names in by_reason.items():
+            page.labelled("-", ", ".join(names[:_NAMED]) + (f" ({reason})" if reason else ""))
+            _more(page, len(names) - _NAMED, "excluded")
+
+
+def _more(page: Page, number: int, state: str) -> None:
+    if number > 0:
+        page.labelled(page.glyphs.ellipsis, f"{number} more {state}; report.json names them all")
+
+
+def _type_of(dtype: str, shape: Iterable[int | str]) -> str:
+    sizes = ", ".join(str(size) for size in shape)
+    return f"{dtype}[{sizes}]" if dtype or sizes else ""
+
+
+def _inline(value: Any) -> str:
+    """JSON values on one line: `torch 2.9.0, reference (opset 20, ...)`."""
+    if isinstance(value, Mapping):
+        inner = ((name, item, _inline(item)) for name, item in value.items())
+        return ", ".join(
+            f"{n} ({text})" if isinstance(item, Mapping) else f"{n} {text}" for n, item, text in inner
+        )
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_inline(item) for item in value) + "]"
+    return str(value)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from divergence.sites import HEAD_AXES
@@ -22,7 +23,7 @@ FLOATS = (
 )
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 
-SETTINGS = {"deadline": None, "max_examples": 60}
+SETTINGS = settings(deadline=None, max_examples=60)
 """The first use of an operator may take a second, so no example has a deadline."""
 
 

@@ -1,9 +1,8 @@
 """The bundled model, its inputs, and its exports to ONNX: what `divergence demo` runs on.
 
-    model = load()                                      the reference
-    write_bundled("clean", "clean.onnx")                passes
-    write_bundled("rotary-bf16", "faulty.onnx")         fails at layers.0.key
-    export("gain.onnx", value_gain={3: 1.02})           any other fault, through torch's exporter
+`load()` is the reference. `write_bundled("clean", PATH)` passes against it, and
+`write_bundled("rotary-bf16", PATH)` fails at layers.0.key; neither needs the exporter.
+`export(PATH, value_gain={3: 1.02})` plants any other fault, through torch's exporter.
 """
 
 from divergence.demo.bundle import BUNDLED, write_bundled

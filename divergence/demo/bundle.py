@@ -21,11 +21,8 @@ from onnx import numpy_helper
 from divergence.demo.export import load
 from divergence.errors import SourceError, nearest, one_line
 
-BUNDLED: Mapping[str, Mapping[str, torch.dtype]] = {
-    "clean": {},
-    "rotary-bf16": {"rotary_dtype": torch.bfloat16},
-}
-"""The bundled exports by name, with the fault planted in each (arguments of `export`)."""
+BUNDLED: Mapping[str, torch.dtype | None] = {"clean": None, "rotary-bf16": torch.bfloat16}
+"""The bundled exports by name, with the precision of their rotary angles where that is the fault."""
 
 TRANSPOSED = ".T"
 # Smaller initializers are constants of the graph, not parameters.
@@ -92,4 +89,6 @@ def _parameter_name(initializer: str, values: torch.Tensor, state: Mapping[str, 
             return name
         if parameter.ndim == 2 and torch.equal(parameter.T, values):
             return name + TRANSPOSED
-    raise SourceError(f"initializer '{initializer}' {tuple(values.shape)} is no parameter of the bundled model")
+    raise SourceError(
+        f"initializer '{initializer}' {tuple(values.shape)} is no parameter of the bundled model"
+    )

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -87,9 +88,12 @@ def planted(
         model: changed in place.
         rotary_dtype: compute the rotary angles in this precision.
         value_gain: factor by layer for the weights of its value projection.
+
+    Raises:
+        AttributeError: `value_gain` names a layer that the model has not.
     """
     rotary = model.rotary
-    projections = {n: model.layers[n].self_attn.v_proj for n in value_gain or {}}
+    projections = {n: _value_projection(model, n) for n in value_gain or {}}
     kept = {n: p.weight.detach().clone() for n, p in projections.items()}
     try:
         if rotary_dtype is not None:
@@ -146,6 +150,10 @@ def export(
         ) from error
     except Exception as error:  # the exporter wraps whatever went wrong in types of its own
         raise SourceError(f"{path}: the bundled model cannot be exported ({one_line(error)})") from error
+
+
+def _value_projection(model: DemoDecoder, layer: int) -> torch.nn.Linear:
+    return cast(torch.nn.Linear, model.get_submodule(f"layers.{layer}.self_attn.v_proj"))
 
 
 @contextlib.contextmanager

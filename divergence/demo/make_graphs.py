@@ -19,9 +19,9 @@ def make_graphs(folder: Path) -> None:
         SourceError: the exporter is missing or failed, or its graph holds foreign weights.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        for name, fault in BUNDLED.items():
+        for name, rotary_dtype in BUNDLED.items():
             whole = Path(scratch) / f"{name}.onnx"
-            export(whole, **fault)
+            export(whole, rotary_dtype=rotary_dtype)
             graph = strip(onnx.load(whole)).SerializeToString()
             # No time stamp, so that an unchanged graph is an unchanged file.
             (folder / f"{name}.onnx.gz").write_bytes(gzip.compress(graph, mtime=0))

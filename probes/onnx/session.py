@@ -91,7 +91,7 @@ class Session:
         unique = list(dict.fromkeys(values))
         try:
             results = self._session.run_with_ort_values(
-                dict(feeds), [self._names[value] for value in unique]
+                [self._names[value] for value in unique], dict(feeds)
             )
         except Exception as error:
             raise SourceError(

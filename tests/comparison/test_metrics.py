@@ -163,7 +163,7 @@ def test_numpy_arrays_are_read_as_tensors(dtype: str) -> None:
     ],
     ids=["negative strides", "big-endian", "longdouble", "scalar"],
 )
-def test_arrays_that_torch_cannot_view(array: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_arrays_that_torch_cannot_view(array: np.ndarray) -> None:
     """Are compared all the same."""
     assert compare_tensors(array, np.array(array, dtype=np.float64)).max_abs == 0
 

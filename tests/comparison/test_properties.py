@@ -54,7 +54,7 @@ def assert_same_sums(one: AxisSums, other: AxisSums) -> None:
     assert np.all(np.abs(one.dot - other.dot) <= ORDER * scale)
 
 
-@settings(**SETTINGS | {"max_examples": 300})
+@settings(SETTINGS, max_examples=200)
 @given(cases(), st.sampled_from((1, 3, 16, 1 << 17)), st.sampled_from((2, 5, 1 << 18)))
 def test_the_fast_one_agrees_with_the_definitions(case: Case, box: int, entries: int) -> None:
     """Shapes, dtypes, strides, masks and non-finite values, whatever the box and the pooling."""
@@ -64,7 +64,7 @@ def test_the_fast_one_agrees_with_the_definitions(case: Case, box: int, entries:
     assert fast.max_abs_at == truth.max_abs_at
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(finite)
 def test_figures_equal_those_of_torch(case: Case) -> None:
     """Without mask and non-finite values: torch's own functions in float64."""
@@ -80,7 +80,7 @@ def test_figures_equal_those_of_torch(case: Case) -> None:
         assert m.rel_l2 == pytest.approx(float((c - r).norm() / r.norm()), rel=ORDER)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(cases())
 def test_a_tensor_does_not_differ_from_itself(case: Case) -> None:
     """Errors are exactly zero, cosine exactly one, bits equal; NaN is counted all the same."""
@@ -93,7 +93,7 @@ def test_a_tensor_does_not_differ_from_itself(case: Case) -> None:
         assert (m.mse, m.max_abs, m.mean_abs, m.rel_l2, m.row_rel_l2, m.cosine) == (None,) * 6
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(wide, st.integers(-20, 20))
 def test_scaling_both_scales_what_has_units(case: Case, power: int) -> None:
     """By a power of two, which is exact."""
@@ -106,7 +106,7 @@ def test_scaling_both_scales_what_has_units(case: Case, power: int) -> None:
     assert (scaled.rel_l2, scaled.row_rel_l2, scaled.cosine) == (m.rel_l2, m.row_rel_l2, m.cosine)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(wide, st.floats(0.1, 10.0))
 def test_cosine_ignores_the_scale_of_one_side(case: Case, scale: float) -> None:
     """And its sign turns with that of the scale."""
@@ -116,7 +116,7 @@ def test_cosine_ignores_the_scale_of_one_side(case: Case, scale: float) -> None:
         assert turned.cosine == pytest.approx(-m.cosine, abs=ORDER)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(cases(), st.randoms(use_true_random=False))
 def test_permuting_tokens_permutes_the_token_profile(case: Case, random: Any) -> None:
     """And changes no other figure."""
@@ -138,10 +138,10 @@ def test_permuting_tokens_permutes_the_token_profile(case: Case, random: Any) ->
         assert (other.max_abs, other.ref_nonfinite) == (m.max_abs, m.ref_nonfinite)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(cases())
 def test_figures_hang_together(case: Case) -> None:
-    """mse is the squared error norm over n; mean <= rms <= max; cosine stays within [-1, 1]."""
+    """The mse is the squared error norm over n; mean <= rms <= max; cosine stays within [-1, 1]."""
     m = run(case)
     assert m.elements >= m.compared >= m.elements - m.ref_nonfinite - m.cand_nonfinite
     if m.mse is None or m.error_norm is None or m.mean_abs is None or m.max_abs is None:
@@ -155,7 +155,7 @@ def test_figures_hang_together(case: Case) -> None:
     assert np.nansum(m.sums.channel.err2) == pytest.approx(m.error_norm**2, rel=ORDER)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(wide, st.integers(0, 2**32))
 def test_error_norms_obey_the_triangle_inequality(case: Case, seed: int) -> None:
     """The way over a third tensor is not shorter."""
@@ -165,7 +165,7 @@ def test_error_norms_obey_the_triangle_inequality(case: Case, seed: int) -> None
         assert direct.error_norm <= (first.error_norm + second.error_norm) * (1 + ORDER)
 
 
-@settings(**SETTINGS)
+@SETTINGS
 @given(cases())
 def test_padding_counts_for_nothing_else(case: Case) -> None:
     """Whatever stands at padded tokens, only `padded_max_abs` and `bit_equal` may know."""
