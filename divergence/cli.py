@@ -47,13 +47,22 @@ def _common(function: F) -> F:
     for option in reversed(
         (
             click.option("--inputs", metavar="FILE", help=".safetensors, .npz, FILE.py:FUNC or MODULE:FUNC."),
-            click.option("--detail", is_flag=True, help="Also query, attention, norms and MLP of every layer."),
             click.option(
-                "--memory", type=click.IntRange(1), default=512, show_default=True, metavar="MIB",
+                "--detail", is_flag=True, help="Also query, attention, norms and MLP of every layer."
+            ),
+            click.option(
+                "--memory",
+                type=click.IntRange(1),
+                default=512,
+                show_default=True,
+                metavar="MIB",
                 help="Memory for an ONNX model's exposed tensors at a time.",
             ),
             click.option(
-                "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
+                "--config",
+                "config_file",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
                 help="Configuration; by default divergence.toml or pyproject.toml here.",
             ),
         )
@@ -70,13 +79,17 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--ref", required=True, metavar="SRC", help="Reference: pytorch, pytorch:FILE.py:FUNC, a capture.")
+@click.option(
+    "--ref", required=True, metavar="SRC", help="Reference: pytorch, pytorch:FILE.py:FUNC, a capture."
+)
 @click.option("--cand", required=True, metavar="SRC", help="Candidate: an .onnx file, a capture, pytorch:...")
 @_common
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for report.json.")
 @click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
 @click.option(
-    "--tolerance", multiple=True, metavar="T",
+    "--tolerance",
+    multiple=True,
+    metavar="T",
     help="ratio=4, layers.*.key:cosine=0.999, mse=1e-5; may be given several times.",
 )
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Sites not to compare; several times.")
@@ -129,8 +142,12 @@ def compare(
 @click.argument("source", metavar="SRC")
 @_common
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Capture to make.")
-@click.option("--reference", type=click.Path(path_type=Path), metavar="CAPTURE",
-              help="Capture of the reference, which helps to find the sites of an ONNX model.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="CAPTURE",
+    help="Capture of the reference, which helps to find the sites of an ONNX model.",
+)
 def capture(
     source: str,
     inputs: str | None,
@@ -164,7 +181,7 @@ def capture(
 @main.command()
 @click.argument("source", metavar="SRC")
 @_common
-def inspect(source: str, inputs: str | None, detail: bool, memory: int, config_file: Path | None) -> int:
+def inspect(source: str, inputs: str | None, detail: bool, memory: int, config_file: Path | None) -> int:  # noqa: ARG001 - shares the options of capture
     """Show what sites SRC has, how they were found, and the precision of each operator."""
     config = _config(config_file)
     from divergence.inputs import load_inputs

@@ -99,7 +99,9 @@ def _converter(precision: str) -> Callable[[Tensor], Tensor] | None:
     return None
 
 
-def _in_precision(layer: nn.Module, convert: Callable[[Tensor], Tensor], precision: str) -> Callable[..., Any]:
+def _in_precision(
+    layer: nn.Module, convert: Callable[[Tensor], Tensor], precision: str
+) -> Callable[..., Any]:
     modules = list(layer.modules())
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -154,9 +156,9 @@ class _Products(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._storage is None:
             return func(*args, **kwargs)
-        return self._stored(func, args, kwargs, attention)
+        return self._stored(func, args, kwargs, attention=attention)
 
-    def _stored(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], attention: bool) -> Any:
+    def _stored(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, attention: bool) -> Any:
         storage = self._storage
         assert storage is not None
         tensors = [a for a in _flat((args, kwargs)) if a.is_floating_point()]
@@ -183,14 +185,14 @@ class _Products(TorchFunctionMode):
         return self._round(value, -1)
 
 
-def round_tf32(value: Tensor, axis: int = -1) -> Tensor:
+def round_tf32(value: Tensor, axis: int = -1) -> Tensor:  # noqa: ARG001 - one signature for all
     """Rounds fp32 to the 10 explicit mantissa bits of TF32, ties to even (NVIDIA A100 whitepaper)."""
     bits = value.contiguous().view(torch.int32)
     rounded = bits + 0xFFF + ((bits >> 13) & 1)
     return torch.where(value.isfinite(), (rounded & ~0x1FFF).view(torch.float32), value)
 
 
-def round_fp8(value: Tensor, axis: int = -1) -> Tensor:
+def round_fp8(value: Tensor, axis: int = -1) -> Tensor:  # noqa: ARG001 - one signature for all
     """Rounds through float8 e4m3 with one scale for the tensor, its largest value at 448."""
     scale = value.abs().amax().clamp(min=torch.finfo(value.dtype).tiny) / _FP8_MAX
     return (value / scale).to(torch.float8_e4m3fn).to(value.dtype) * scale

@@ -96,7 +96,7 @@ def measure(
     layers = [layer for stack in probe.stacks for layer in stack.layers]
     moved = {name: cast(tensor, run_in) for name, tensor in inputs.items()}
 
-    def shown(label: str, done: int, total: int) -> None:
+    def shown(_: str, done: int, total: int) -> None:
         progress(f"noise floor: the reference in {run_in}", done, total)
 
     try:

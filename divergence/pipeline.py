@@ -143,7 +143,8 @@ def _inputs(inputs: Inputs | str | None, config: Config) -> Inputs:
     if inputs is None:
         if config.inputs is None:
             raise InputError(
-                "no inputs: give --inputs FILE (.safetensors, .npz, FILE.py:FUNC), or set inputs in divergence.toml"
+                "no inputs: give --inputs FILE (.safetensors, .npz, FILE.py:FUNC), "
+                "or set inputs in divergence.toml"
             )
         inputs = config.inputs
     return load_inputs(inputs, config.base) if isinstance(inputs, str) else dict(inputs)
@@ -182,9 +183,7 @@ class _Job:
         probe = open_source(ref, self.config)
         pytorch = _as_pytorch(probe)
         self.reference = self._record(probe, "reference", **({"record": True} if pytorch else {}))
-        candidate_probe = open_source(
-            cand, self.config, reference=self.reference, memory=self.options.memory
-        )
+        candidate_probe = open_source(cand, self.config, reference=self.reference, memory=self.options.memory)
         self.candidate = self._record(candidate_probe, "candidate")
         self.alignment: Alignment = align(self.reference.entries, self.candidate.entries, exclude=exclude)
         self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
@@ -202,9 +201,7 @@ class _Job:
 
     def _record(self, probe: Probe, name: str, **run: Any) -> Capture:
         path = self.folder / f"{name}.capture"
-        return record(
-            probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run
-        )
+        return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
 
     def _candidate_tensor(self, site: Site) -> Tensor | None:
         pair = self.pairs.get(site)
@@ -267,7 +264,10 @@ class _Job:
         return floors, f"given: {taken.facts.source}"
 
     def _judge(
-        self, metrics: Mapping[Site, Metrics], floors: Mapping[Site, Floor], introduced: Mapping[Site, Introduced]
+        self,
+        metrics: Mapping[Site, Metrics],
+        floors: Mapping[Site, Floor],
+        introduced: Mapping[Site, Introduced],
     ) -> dict[Site, Judgement]:
         unseen = self.candidate.facts.unseen_inf
         return {

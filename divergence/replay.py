@@ -164,9 +164,7 @@ class Replayer:
             if past is not None:
                 put_cached(caches_in(args, kwargs), call.layer, tensor, past.to(self._device, self._dtype))
 
-    def _outside(
-        self, notes: list[str]
-    ) -> tuple[dict[tuple[str, int], Tensor], dict[Site, Introduced]]:
+    def _outside(self, notes: list[str]) -> tuple[dict[tuple[str, int], Tensor], dict[Site, Introduced]]:
         """Runs the model around its layers: the input of every stack's first layer, and the model's
         outputs, on the candidate's hidden states."""
         try:
@@ -190,7 +188,7 @@ class Replayer:
         counts: dict[tuple[str, int], int] = {}
 
         def stub(stack: str, layer: int) -> Callable[..., Any]:
-            def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            def call(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 count = counts[stack, layer] = counts.get((stack, layer), 0) + 1
                 record = recorded[stack, layer, count]
                 if layer == 0 and record.hidden_at is not None:

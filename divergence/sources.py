@@ -75,9 +75,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _open(
-    name: str, settings: SourceConfig, config: Config, reference: Capture | None, memory: int
-) -> Probe:
+def _open(name: str, settings: SourceConfig, config: Config, reference: Capture | None, memory: int) -> Probe:
     if settings.model is not None:
         return _pytorch(name, settings, config)
     if settings.path is None:

@@ -52,7 +52,8 @@ def judge(
         return Judgement("error", "no valid token to compare")
     if only_candidate > 0 and not unseen_inf:
         return Judgement(
-            "fail", f"{only_candidate} of {metrics.elements} values are NaN or Inf where the reference's are finite"
+            "fail",
+            f"{only_candidate} of {metrics.elements} values are NaN or Inf where the reference's are finite",
         )
     if metrics.compared == 0:
         return Judgement("error", "no position is finite on both sides")
@@ -138,7 +139,10 @@ def overall(results: Sequence[SiteResult], unmatched: Sequence[Unmatched]) -> tu
             f"({missing[0].state}); map them in the configuration, or exclude them by name"
         )
     if broken:
-        return "error", f"{len(broken)} sites could not be judged, the first {broken[0].site}: {broken[0].reason}"
+        return (
+            "error",
+            f"{len(broken)} sites could not be judged, the first {broken[0].site}: {broken[0].reason}",
+        )
     equal = sum(r.bit_equal for r in results)
     if equal == len(results):
         return "pass", f"all {equal} sites are equal to the bit"

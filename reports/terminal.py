@@ -187,7 +187,11 @@ def _carried_on(comparison: Comparison) -> str:
         for site in comparison.sites
         if site.verdict == "pass" and site.introduced_ratio is not None and _over(site, comparison.policy)
     ]
-    return f"by {counted(len(spread), 'site')}, over the limit through no error of their own (propagated)" if spread else ""
+    return (
+        f"by {counted(len(spread), 'site')}, over the limit through no error of their own (propagated)"
+        if spread
+        else ""
+    )
 
 
 def _over(site: SiteResult, policy: Policy) -> bool:
@@ -244,7 +248,7 @@ def _reasons(page: Page, comparison: Comparison) -> None:
     failing = [
         (s.site, in_words(s, comparison.policy))
         for s in layers
-        if s.verdict == "fail" and (_nonfinite(s) or exceeded_limits(s, comparison.policy))
+        if s.verdict == "fail" and _beyond_the_floor(s, comparison.policy)
     ]
     broken = [(s.site, s.reason or "no reason given") for s in layers if s.verdict == "error"]
     for title, rows in (("More failing sites", failing), ("Not judged", broken)):
@@ -252,6 +256,14 @@ def _reasons(page: Page, comparison: Comparison) -> None:
             page.section(title)
             page.pairs(rows[:_NAMED])
             _more(page, len(rows) - _NAMED, "sites")
+
+
+def _beyond_the_floor(site: SiteResult, policy: Policy) -> str:
+    """What is wrong with `site` beside its ratio to the floor, or ""."""
+    if site.verdict == "error":
+        return site.reason
+    other = site.verdict == "fail" and (_nonfinite(site) or exceeded_limits(site, policy))
+    return in_words(site, policy) if other else ""
 
 
 def _nonfinite(site: SiteResult) -> bool:
@@ -271,7 +283,7 @@ def _outputs(page: Page, comparison: Comparison) -> None:
             f"{page.glyphs.marks[site.verdict]} {error}",
             f"{times(by.ratio)} the floor" if by.ratio is not None and not site.bit_equal else "",
             f"difference at most {number(site.max_abs, 3)}" if site.max_abs is not None else "",
-            in_words(site, comparison.policy) if site.verdict != "pass" else "",
+            _beyond_the_floor(site, comparison.policy),
         ]
         rows.append((site.site, "  ".join(filter(None, parts))))
     page.pairs(rows)

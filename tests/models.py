@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 VOCABULARY = 97
 _SIZE: dict[str, Any] = {
@@ -18,32 +18,36 @@ _SIZE: dict[str, Any] = {
 _IDS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def _build(kind: str, **config: Any) -> nn.Module:
+def _build(kind: str, **config: Any) -> Any:
     import transformers
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     implementation = config.pop("attn_implementation", None)
-    made = getattr(transformers, kind.replace("ForCausalLM", "").replace("Model", "") + "Config", None)
-    names = {"GPT2LMHeadModel": "GPT2Config", "T5ForConditionalGeneration": "T5Config",
-             "WhisperForConditionalGeneration": "WhisperConfig"}
-    cls = getattr(transformers, names[kind]) if kind in names else made
-    settings = cls(**config)
+    family = kind.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+    family = family.removesuffix("LMHeadModel").removesuffix("Model")
+    settings = getattr(transformers, f"{family}Config")(**config)
     if implementation:
         settings._attn_implementation = implementation
     torch.manual_seed(0)
-    return getattr(transformers, kind)(settings).eval()  # type: ignore[no-any-return]
+    return getattr(transformers, kind)(settings).eval()
 
 
-def llama(layers: int = 3, **config: Any) -> nn.Module:
+def llama(layers: int = 3, **config: Any) -> Any:
     """Llama: grouped queries, rotary embedding outside of the layers."""
     return _build(
         "LlamaForCausalLM",
-        **{**_SIZE, "num_hidden_layers": layers, "num_key_value_heads": 2, "initializer_range": 0.15, **config},
+        **{
+            **_SIZE,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": 2,
+            "initializer_range": 0.15,
+            **config,
+        },
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama,
     "llama-eager": lambda: llama(attn_implementation="eager"),
     "llama-uncached": lambda: llama(use_cache=False),
@@ -56,16 +60,38 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": lambda: _build("GPT2LMHeadModel", vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, **_IDS),
     "bert": lambda: _build("BertModel", **_SIZE, num_hidden_layers=3),
     "opt": lambda: _build(
-        "OPTForCausalLM", vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=3,
-        num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=64,
+        "OPTForCausalLM",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
     ),
     "t5": lambda: _build(
-        "T5ForConditionalGeneration", vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+        "T5ForConditionalGeneration",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
     ),
     "whisper": lambda: _build(
-        "WhisperForConditionalGeneration", vocab_size=VOCABULARY, d_model=32, encoder_layers=2, decoder_layers=2,
-        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
-        num_mel_bins=8, max_source_positions=10, decoder_start_token_id=3, **_IDS,
+        "WhisperForConditionalGeneration",
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=10,
+        decoder_start_token_id=3,
+        **_IDS,
     ),
 }
 

@@ -32,13 +32,13 @@ def available() -> bool:
     return (MODELS / GGUF).is_file()
 
 
-def load() -> nn.Module:
+def load() -> Any:
     """The model in float32, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(MODELS, gguf_file=GGUF, dtype=torch.float32)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def inputs(tokens: int | None = None) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def inputs(tokens: int | None = None) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def export(model: nn.Module, given: dict[str, Tensor], path: Path) -> Path:
+def export(model: Any, given: dict[str, Tensor], path: Path) -> Path:
     """Exports `model` to ONNX with its weights beside it."""
     cached = model.config.use_cache
     model.config.use_cache = False
@@ -66,7 +66,7 @@ def export(model: nn.Module, given: dict[str, Tensor], path: Path) -> Path:
     return path
 
 
-def half(model: nn.Module) -> nn.Module:
+def half(model: Any) -> Any:
     """A copy with fp16 parameters; buffers stay in fp32, as transformers loads it."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -75,7 +75,7 @@ def half(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def scaled_value(model: nn.Module) -> Iterator[None]:
+def scaled_value(model: Any) -> Iterator[None]:
     """The v_proj of one layer 2 % too large."""
     weight = model.get_submodule(f"model.layers.{FAULTY_LAYER}.self_attn.v_proj").weight
     with torch.no_grad():
@@ -88,7 +88,7 @@ def scaled_value(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def rotary_in_bf16(model: nn.Module) -> Iterator[None]:
+def rotary_in_bf16(model: Any) -> Iterator[None]:
     """Position times inverse frequency computed in bfloat16, as a weakly typed engine does."""
     rotary = model.get_submodule("model.rotary_emb")
 

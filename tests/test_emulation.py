@@ -85,7 +85,7 @@ def test_precisions_of_products_only_keep_float32_storage(precision: str) -> Non
 def test_tf32_keeps_ten_bits_and_is_nearest(value: float) -> None:
     given_value = torch.tensor([value], dtype=torch.float32)
     rounded = round_tf32(given_value)
-    assert rounded.view(torch.int32).item() & 0x1FFF == 0
+    assert int(rounded.view(torch.int32).item()) & 0x1FFF == 0
     assert abs(rounded.item() - value) <= abs(value) * 2.0**-11
     assert torch.equal(round_tf32(rounded), rounded)
 

@@ -30,15 +30,15 @@ def judged(ref: Any, cand: Any, inputs: Any = None, **options: Any) -> Compariso
     return compare(ref, cand, given, config=Config(), **options)
 
 
-def faulty(model: nn.Module, layer: int, projection: str = "v_proj", gain: float = 1.02) -> nn.Module:
+def faulty(model: Any, layer: int, projection: str = "v_proj", gain: float = 1.02) -> Any:
     """A copy with one projection too large."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        model.get_submodule(f"model.layers.{layer}.self_attn.{projection}").weight.mul_(gain)  # type: ignore[operator, union-attr]
+        model.get_submodule(f"model.layers.{layer}.self_attn.{projection}").weight.mul_(gain)
     return model
 
 
-def stored(model: nn.Module, precision: str) -> nn.Module:
+def stored(model: Any, precision: str) -> Any:
     """A copy with its parameters in `precision`."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -59,7 +59,7 @@ def test_a_clean_candidate_passes(kind: str, precision: str) -> None:
     model = MODELS[kind]()
     candidate = stored(model, precision)
     if precision == "fp32":
-        candidate.config._attn_implementation = "eager"  # type: ignore[union-attr, assignment]
+        candidate.config._attn_implementation = "eager"
     inputs = inputs_for(kind, tokens=17)
     given = {n: t.to(DTYPES[precision]) if t.is_floating_point() else t for n, t in inputs.items()}
     assert judged(Cast(model, DTYPES[precision]), Cast(candidate, DTYPES[precision]), given).verdict == "pass"
@@ -68,7 +68,7 @@ def test_a_clean_candidate_passes(kind: str, precision: str) -> None:
 class Cast(nn.Module):
     """Takes inputs in one dtype and hands them over in that of the model."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
 
@@ -79,7 +79,9 @@ class Cast(nn.Module):
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("layer", [0, 3, 5])
-@pytest.mark.parametrize(("projection", "tensor"), [("v_proj", "value"), ("k_proj", "key"), ("o_proj", "hidden")])
+@pytest.mark.parametrize(
+    ("projection", "tensor"), [("v_proj", "value"), ("k_proj", "key"), ("o_proj", "hidden")]
+)
 def test_a_gain_of_two_percent_is_found(precision: str, layer: int, projection: str, tensor: str) -> None:
     model = llama(LAYERS)
     gain = 1.02 if tensor != "hidden" else 1.1
@@ -91,7 +93,7 @@ def test_a_gain_of_two_percent_is_found(precision: str, layer: int, projection: 
     assert all(s.verdict == "pass" for s in result.sites if s.layer is not None and s.layer > layer)
 
 
-def chaotic() -> nn.Module:
+def chaotic() -> Any:
     """A model that multiplies every error: sharp attention in every layer."""
     return llama(12, initializer_range=0.6)
 
@@ -99,7 +101,7 @@ def chaotic() -> nn.Module:
 def test_a_clean_half_precision_run_of_a_chaotic_model_passes_and_a_fault_does_not() -> None:
     model = chaotic()
     clean = judged(model, stored(model, "bf16"))
-    assert clean.site("layers.11.hidden").rel_l2 > 0.1, "not chaotic: this test would show nothing"
+    assert (clean.site("layers.11.hidden").rel_l2 or 0.0) > 0.1, "not chaotic: this test would show nothing"
     assert clean.verdict == "pass", clean.reason
     result = judged(model, stored(faulty(model, 7), "bf16"))
     assert result.first_divergence is not None
@@ -131,7 +133,7 @@ def test_a_candidate_with_nan_fails_there() -> None:
     model = llama(LAYERS)
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.get_submodule("model.layers.2.self_attn.k_proj").weight[3, 3] = float("nan")  # type: ignore[index, operator, union-attr]
+        broken.get_submodule("model.layers.2.self_attn.k_proj").weight[3, 3] = float("nan")
     result = judged(model, broken)
     assert result.verdict == "fail"
     assert result.first_divergence is not None and result.first_divergence.site == "layers.2.key"
@@ -143,7 +145,7 @@ def test_a_wrong_embedding_is_not_excused_as_propagated() -> None:
     model = llama(LAYERS)
     wrong = copy.deepcopy(model)
     with torch.no_grad():
-        wrong.get_submodule("model.embed_tokens").weight.mul_(torch.linspace(0.9, 1.1, 32))  # type: ignore[operator, union-attr]
+        wrong.get_submodule("model.embed_tokens").weight.mul_(torch.linspace(0.9, 1.1, 32))
     result = judged(model, wrong)
     assert result.first_divergence is not None and result.first_divergence.site == "layers.0.key"
 
@@ -152,7 +154,7 @@ def test_a_wrong_head_is_found_behind_clean_layers() -> None:
     model = llama(LAYERS)
     wrong = copy.deepcopy(model)
     with torch.no_grad():
-        wrong.get_submodule("lm_head").weight.mul_(1.05)  # type: ignore[operator, union-attr]
+        wrong.get_submodule("lm_head").weight.mul_(1.05)
     result = judged(model, stored(wrong, "fp16"))
     assert result.first_divergence is not None and result.first_divergence.site == "output.logits"
 
@@ -219,20 +221,22 @@ def test_two_candidates_in_one_process_do_not_disturb_each_other() -> None:
 def test_assert_close_names_site_and_figures() -> None:
     model = llama(LAYERS)
     assert divergence.assert_close(model, model, inputs_for("llama"), config=Config()).verdict == "pass"
-    with pytest.raises(AssertionError, match=r"^layers\.3\.value introduces a relative error of 0\.02, [\d.e+]+x"):
+    with pytest.raises(
+        AssertionError, match=r"^layers\.3\.value introduces a relative error of 0\.02, [\d.e+]+x"
+    ):
         divergence.assert_close(model, faulty(model, 3), inputs_for("llama"), config=Config())
 
 
 def test_several_calls_of_a_layer_are_replayed_each_on_its_own_cache() -> None:
     class Unrolled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
+        def __init__(self, inner: Any) -> None:
             super().__init__()
             self.inner = inner
 
         def forward(self, input_ids: Tensor) -> Tensor:
             first = self.inner(input_ids=input_ids[:, :20], use_cache=True)
             second = self.inner(input_ids=input_ids[:, 20:], past_key_values=first.past_key_values)
-            return second.logits  # type: ignore[no-any-return]
+            return second.logits
 
     model, inputs = llama(LAYERS), {"input_ids": inputs_for("llama", tokens=33)["input_ids"]}
     clean = judged(Unrolled(model), Unrolled(stored(model, "fp16")), inputs)
@@ -246,7 +250,7 @@ def test_a_second_stack_is_replayed_on_what_the_first_one_gave_it() -> None:
     model = MODELS["t5"]()
     wrong = copy.deepcopy(model)
     with torch.no_grad():
-        wrong.get_submodule("encoder.block.1.layer.0.SelfAttention.v").weight.mul_(1.02)  # type: ignore[operator, union-attr]
+        wrong.get_submodule("encoder.block.1.layer.0.SelfAttention.v").weight.mul_(1.02)
     result = judged(model, stored(wrong, "fp16"), inputs_for("t5", tokens=17))
     assert result.first_divergence is not None
     assert result.first_divergence.site == "encoder.layers.1.value"

@@ -53,6 +53,6 @@ def run(out: Path | None) -> int:
     click.echo(
         "As it should be: the clean export passes, and the planted fault is found at layers.0.key."
         if right
-        else "Not as it should be: the clean export must pass, and the planted fault be found at layers.0.key."
+        else "Not as it should be: the clean export must pass, the fault be found at layers.0.key."
     )
     return 0 if right else 1

@@ -12,9 +12,8 @@ import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from divergence.probes import Observation, Sink
@@ -99,7 +98,7 @@ class LayerObserver:
         self._exit = contextlib.ExitStack()
         self._watch = AttentionWatch(self._seen)
 
-    def __enter__(self) -> LayerObserver:
+    def __enter__(self) -> Self:
         with contextlib.ExitStack() as building:
             for stack in self._stacks:
                 for index, layer in enumerate(dict.fromkeys(stack.layers)):
@@ -113,7 +112,7 @@ class LayerObserver:
             self._exit = building.pop_all()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._exit.close()
 
     def _is_watched(self, name: str, inner: nn.Module) -> bool:
@@ -172,9 +171,7 @@ class LayerObserver:
     ) -> LayerCall:
         site = current.site
         assert site.layer is not None
-        call = LayerCall(
-            stack.name, site.layer, site.call, stack.layers[site.layer], args, dict(kwargs)
-        )
+        call = LayerCall(stack.name, site.layer, site.call, stack.layers[site.layer], args, dict(kwargs))
         call.hidden_at = _find_hidden(args, kwargs, self._last_hidden)
         if call.hidden_at is not None:
             hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
@@ -334,7 +331,7 @@ def replaced(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with the one `at` a position or name replaced."""
     if isinstance(at, int):
-        return args[:at] + (value,) + args[at + 1 :], dict(kwargs)
+        return (*args[:at], value, *args[at + 1 :]), dict(kwargs)
     return args, {**kwargs, at: value}
 
 
@@ -382,6 +379,7 @@ def _snapshot_layer(layer: Any) -> Any:
 
 
 def caches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The caches of transformers among a layer's arguments."""
     return [
         value
         for value in (*args, *kwargs.values())
@@ -409,11 +407,9 @@ def put_cached(caches: Sequence[Any], layer: int, tensor: str, value: Tensor) ->
 
 def _entries(caches: Sequence[Any], layer: int | None, tensor: str) -> Iterator[Any]:
     """What each cache of transformers holds for `layer`."""
+    kind = "cross_attention_cache" if tensor.startswith("cross_") else "self_attention_cache"
     for cache in caches:
-        if hasattr(cache, "self_attention_cache"):
-            cross = tensor.startswith("cross_")
-            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-        layers = getattr(cache, "layers", None)
+        layers = getattr(getattr(cache, kind, cache), "layers", None)
         if isinstance(layers, Sequence) and layer is not None and layer < len(layers):
             yield layers[layer]
 

@@ -23,8 +23,10 @@ from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import HEAD_AXES, Site
 
 # Leaves of a model's output that repeat what the sites already hold.
-_REPEATED = re.compile(r"^(past_key_values?|presents?|hidden_states|attentions|encoder_hidden_states"
-                       r"|encoder_attentions|decoder_hidden_states|decoder_attentions|cross_attentions)\.")
+_REPEATED = re.compile(
+    r"^(past_key_values?|presents?|hidden_states|attentions|encoder_hidden_states"
+    r"|encoder_attentions|decoder_hidden_states|decoder_attentions|cross_attentions)\."
+)
 _OWN_KEYS = re.compile(r"(^|_)(keys?|k_cache|key_cache)$")
 _OWN_VALUES = re.compile(r"(^|_)(values?|v_cache|value_cache)$")
 
@@ -159,9 +161,7 @@ class PyTorchProbe:
 
     def _check_names(self, inputs: Mapping[str, Tensor]) -> None:
         parameters = inspect.signature(self.model.forward).parameters
-        named = [
-            p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        ]
+        named = [p for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         known = [p.name for p in named]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in inputs:

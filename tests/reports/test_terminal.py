@@ -28,7 +28,13 @@ FLOOR = 1e-3
 
 
 def site(
-    layer: int | None, tensor: str, ratio: float | None = 1.0, *, stack: str = "", call: int = 1, **changes: Any
+    layer: int | None,
+    tensor: str,
+    ratio: float | None = 1.0,
+    *,
+    stack: str = "",
+    call: int = 1,
+    **changes: Any,
 ) -> SiteResult:
     """A site whose error is `ratio` times its floor; over 4 fails."""
     error = None if ratio is None else ratio * FLOOR
@@ -119,14 +125,18 @@ def test_absolute_limits_are_told_with_metric_and_direction() -> None:
     assert "cosine 0.99897 is below the limit 0.999; mse 0.0002 is above the limit 1e-5" in text
     assert "  limits     layers.*.key: cosine >= 0.999, mse <= 1e-5" in text.splitlines()
     assert "  judged by  absolute limits" in text.splitlines()
-    assert "More failing sites\n  layers.1.key    cosine 0.99897 is below" in text
+    assert "More failing sites\n  layers.1.key  cosine 0.99897 is below" in text
 
 
 def test_causes_carry_evidence_share_and_fix() -> None:
-    cause = Cause("rotary", "Rotary angles in bf16", ("error grows with position", "V is fine"), 0.9996, "use fp32")
+    cause = Cause(
+        "rotary", "Rotary angles in bf16", ("error grows with position", "V is fine"), 0.9996, "use fp32"
+    )
     text = render(comparison(site(0, "key", 50.0), causes=(cause,)))
     assert "  1.  Rotary angles in bf16 (explains 99.96 % of the error at layers.0.key)" in text
-    assert "     evidence  error grows with position\n               V is fine\n     fix       use fp32" in text
+    assert (
+        "     evidence  error grows with position\n               V is fine\n     fix       use fp32" in text
+    )
 
 
 def test_every_layer_has_a_row_with_error_ratio_and_mark() -> None:
@@ -139,7 +149,9 @@ def test_every_layer_has_a_row_with_error_ratio_and_mark() -> None:
 
 
 def test_the_bar_grows_with_the_error_and_ticks_the_floor() -> None:
-    text = render(comparison(*(site(n, "hidden", 10.0 ** (n / 2), verdict="pass", floor=3e-3) for n in range(4))))
+    text = render(
+        comparison(*(site(n, "hidden", 10.0 ** (n / 2), verdict="pass", floor=3e-3) for n in range(4)))
+    )
     bars = [line[30:] for line in text.splitlines() if line[:7].strip().isdigit()]
     assert [len(bar) for bar in bars] == sorted(len(bar) for bar in bars)
     assert len({bar.index("│") for bar in bars}) == 1
@@ -211,8 +223,8 @@ def test_detail_tensors_get_a_table_of_their_own() -> None:
 def test_a_model_with_outputs_only_has_no_layer_table() -> None:
     text = render(comparison(site(None, "logits", max_abs=0.047), site(None, "action", 9.0)))
     assert "Layers" not in text
-    assert "  output.logits    ✓ error 1.0e-3  1.0x the floor  difference at most 0.047" in text.splitlines()
-    assert "  output.action    ✗ error 9.0e-3  9.0x the floor" in text
+    assert "  output.logits  ✓ error 1.0e-3  1.0x the floor  difference at most 0.047" in text.splitlines()
+    assert "  output.action  ✗ error 9.0e-3  9.0x the floor" in text
 
 
 def test_nan_is_counted_before_anything_else() -> None:
@@ -280,7 +292,7 @@ def test_differences_at_padding_are_shown_apart() -> None:
 def test_what_could_not_be_judged_says_why() -> None:
     broken = site(0, "key", None, verdict="error", reason="the reference itself overflows here")
     text = render(comparison(broken, site(0, "hidden"), verdict="error"))
-    assert "Not judged\n  layers.0.key    the reference itself overflows here" in text
+    assert "Not judged\n  layers.0.key  the reference itself overflows here" in text
 
 
 def test_infinities_that_no_consumer_saw_are_remarked() -> None:
@@ -308,9 +320,9 @@ def test_run_notes_and_contract_are_shown() -> None:
         )
     ).splitlines()
     assert "  -  TF32 was on." in lines_of("Notes", text)
-    assert "  keys    dtype float16" in lines_of("Contract between host and engine", text)
-    assert "  environment    python 3.11, reference (torch 2.9), sizes [1, 2]" in lines_of("Run", text)
-    assert "  command        divergence compare --ref a" in lines_of("Run", text)
+    assert "  keys  dtype float16" in lines_of("Contract between host and engine", text)
+    assert "  environment  python 3.11, reference (torch 2.9), sizes [1, 2]" in lines_of("Run", text)
+    assert "  command      divergence compare --ref a" in lines_of("Run", text)
 
 
 def lines_of(title: str, lines: list[str]) -> list[str]:
@@ -373,10 +385,10 @@ def test_a_description_shows_every_site_and_operator() -> None:
     )
     lines = render_description(description).splitlines()
     assert lines[0] == "model.onnx"
-    assert "  precision    fp16" in lines
-    assert "  input_ids    int64[1, seq]" in lines
-    assert "  layers.0.key    float16[1, seq, 8]  exporter metadata, node add_5" in lines
-    assert "  MatMul    12 in float16, 1 in float32" in lines
+    assert "  precision  fp16" in lines
+    assert "  input_ids  int64[1, seq]" in lines
+    assert "  layers.0.key  float16[1, seq, 8]  exporter metadata, node add_5" in lines
+    assert "  MatMul  12 in float16, 1 in float32" in lines
     assert "  -  opset 20" in lines
 
 
@@ -398,8 +410,8 @@ SITES = st.builds(
     call=st.integers(1, 3),
     verdict=st.sampled_from(("pass", "fail", "error")),
     reason=TEXT,
-    **{name: FIGURE for name in METRICS},
-    **{name: FIGURE for name in ("ref_min", "ref_max", "cand_min", "cand_max", "floor")},
+    **dict.fromkeys(METRICS, FIGURE),
+    **dict.fromkeys(("ref_min", "ref_max", "cand_min", "cand_max", "floor"), FIGURE),
     introduced_floor=FIGURE,
     cand_nonfinite=st.integers(0, 10**12),
     padded_max_abs=FIGURE,
@@ -414,8 +426,11 @@ POLICIES = st.builds(
     policy=st.sampled_from(("noise-floor", "absolute")),
     ratio=st.floats(0, allow_nan=False),
     judged=st.sampled_from(("introduced", "cumulative")),
-    sites=st.dictionaries(st.sampled_from(("*", "layers.*.key")) | TEXT, st.dictionaries(
-        st.sampled_from((*METRICS, "unheard-of")), st.floats(), max_size=3), max_size=3),
+    sites=st.dictionaries(
+        st.sampled_from(("*", "layers.*.key")) | TEXT,
+        st.dictionaries(st.sampled_from((*METRICS, "unheard-of")), st.floats(), max_size=3),
+        max_size=3,
+    ),
 )
 JSON = st.recursive(
     st.none() | st.integers() | st.floats() | TEXT,
@@ -431,7 +446,9 @@ def comparisons(draw: st.DrawFn) -> Comparison:
     return Comparison(
         verdict=draw(st.sampled_from(("pass", "fail", "error"))),
         reason=draw(TEXT),
-        first_divergence=draw(st.none() | st.just(FirstDivergence(first.site if first else "x", "", None, ""))),
+        first_divergence=draw(
+            st.none() | st.just(FirstDivergence(first.site if first else "x", "", None, ""))
+        ),
         reference=draw(TEXT),
         candidate=draw(TEXT),
         policy=draw(POLICIES),
@@ -451,7 +468,9 @@ def comparisons(draw: st.DrawFn) -> Comparison:
 
 @settings(deadline=None, max_examples=150)
 @given(comparisons(), st.integers(0, 140), st.booleans())
-def test_any_comparison_renders_to_plain_lines_that_fit(result: Comparison, width: int, ascii_only: bool) -> None:
+def test_any_comparison_renders_to_plain_lines_that_fit(
+    result: Comparison, width: int, ascii_only: bool
+) -> None:
     text = render(result, width=width, ascii=ascii_only)
     assert "\x1b" not in text
     assert not ascii_only or text.isascii()
