@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from divergence.capture import CaptureWriter, open_capture
+from divergence.captures import CaptureWriter, open_capture
 from divergence.probes import Observation, RunFacts
 from divergence.sites import Site
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from divergence.assertions import assert_close
-    from divergence.capture import Capture, open_capture
+    from divergence.captures import Capture, open_capture
     from divergence.comparison import compare_tensors
     from divergence.comparison.metrics import Metrics
     from divergence.config import Config, Tolerance, load_config
@@ -34,8 +34,8 @@ _HOME = {
     "compare": "pipeline",
     "compare_tensors": "comparison",
     "load_config": "config",
-    "open_capture": "capture",
-    "Capture": "capture",
+    "open_capture": "captures",
+    "Capture": "captures",
     "Comparison": "result",
     "Config": "config",
     "Metrics": "comparison.metrics",

@@ -30,7 +30,7 @@ _NAME_AXES = (
 
 
 class Described(Protocol):
-    """What is known of a tensor; `divergence.capture.Entry` is one."""
+    """What is known of a tensor; `divergence.captures.Entry` is one."""
 
     @property
     def shape(self) -> tuple[int, ...]:

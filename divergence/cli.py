@@ -159,7 +159,7 @@ def capture(
 ) -> int:
     """Run SRC and record its sites, to compare elsewhere or later."""
     config = _config(config_file)
-    from divergence.capture import open_capture
+    from divergence.captures import open_capture
     from divergence.pipeline import capture as run
     from divergence.reports.progress import progress
 

@@ -96,6 +96,7 @@ class SourceConfig:
         provider: execution provider of onnxruntime, or None for its default.
         sites: name of the source's own value by site, where finding it fails or errs.
         inputs: name in our inputs by the source's input name, where they differ.
+        axes: names of the axes of a tensor by site, where sizes alone leave them open.
     """
 
     model: str | None = None
@@ -104,6 +105,7 @@ class SourceConfig:
     provider: str | None = None
     sites: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
+    axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,7 @@ def _source(table: _Table) -> SourceConfig:
         except ConfigurationError as error:
             raise table.error(table.dotted("sites"), f"has a bad key: {error}") from error
     base = table.file.parent
+    axes = table.table("axes")
     return SourceConfig(
         model=None if model is None else resolve(model, base),
         path=None if path is None else str(base / path),
@@ -331,6 +334,7 @@ def _source(table: _Table) -> SourceConfig:
         provider=table.string("provider"),
         sites=sites,
         inputs=table.names("inputs"),
+        axes={site: axes.strings(site) for site in axes.content},
     )
 
 

@@ -15,7 +15,7 @@ from divergence.probes import Observation, Progress, silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from divergence.capture import Capture
+    from divergence.captures import Capture
     from divergence.comparison.metrics import Metrics
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.sites import Site
@@ -101,7 +101,7 @@ def measure(
 
     try:
         with reduced(layers, run_in, rest=probe.model):
-            probe.run(moved, compare, detail=detail, progress=shown)
+            probe.observe(moved, compare, detail=detail, progress=shown)
     except SourceError as error:
         raise SourceError(
             f"the reference cannot run in {run_in} for the noise floor ({one_line(error)}); "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from divergence.alignment import Alignment, Pair, align
-from divergence.capture import Capture, CaptureWriter
+from divergence.captures import Capture, CaptureWriter
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, InputError
@@ -185,7 +185,13 @@ class _Job:
         self.reference = self._record(probe, "reference", **({"record": True} if pytorch else {}))
         candidate_probe = open_source(cand, self.config, reference=self.reference, memory=self.options.memory)
         self.candidate = self._record(candidate_probe, "candidate")
-        self.alignment: Alignment = align(self.reference.entries, self.candidate.entries, exclude=exclude)
+        settings = self.config.sources.get(str(cand)) if isinstance(cand, str | Path) else None
+        self.alignment: Alignment = align(
+            self.reference.entries,
+            self.candidate.entries,
+            exclude=exclude,
+            axes=settings.axes if settings else None,
+        )
         self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
         metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()

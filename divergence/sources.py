@@ -13,7 +13,7 @@ from divergence.probes import Description, Probe, Progress, RunFacts, Sink, sile
 if TYPE_CHECKING:
     import torch
 
-    from divergence.capture import Capture
+    from divergence.captures import Capture
 
 ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from divergence.capture import Capture, open_capture
+from divergence.captures import Capture, open_capture
 from divergence.errors import InputError
 from divergence.inputs import digest
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent

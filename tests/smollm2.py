@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MODELS = Path(os.environ.get("DIVERGENCE_MODELS", Path(__file__).parents[1] / ".models"))
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

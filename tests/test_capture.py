@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence.capture import MANIFEST, PARTIAL, Capture, CaptureWriter, fingerprint, open_capture
+from divergence.captures import MANIFEST, PARTIAL, Capture, CaptureWriter, fingerprint, open_capture
 from divergence.errors import CaptureError
 from divergence.probes import Observation, RunFacts
 from divergence.sites import Site
@@ -157,7 +157,7 @@ def _error(path: Path) -> str:
 
 _KILLED = """
 import sys, time, torch
-from divergence.capture import CaptureWriter
+from divergence.captures import CaptureWriter
 from divergence.probes import Observation
 from divergence.sites import Site
 with CaptureWriter(sys.argv[1], shard_bytes=1) as writer:

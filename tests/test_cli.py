@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from divergence.capture import CaptureWriter, open_capture
+from divergence.captures import CaptureWriter, open_capture
 from divergence.pipeline import record
 from divergence.probes import silent
 from divergence.probes.pytorch import PyTorchProbe
@@ -49,7 +50,8 @@ def folder(tmp_path: Path) -> Path:
     """A project: a model file, inputs, and a configuration."""
     (tmp_path / "model.py").write_text(MODEL.split("def broken", maxsplit=1)[0])
     (tmp_path / "broken.py").write_text(MODEL)
-    np.savez(tmp_path / "inputs.npz", **{n: t.numpy() for n, t in inputs_for("llama").items()})  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {n: t.numpy() for n, t in inputs_for("llama").items()}
+    np.savez(tmp_path / "inputs.npz", **arrays)
     (tmp_path / "divergence.toml").write_text(
         'inputs = "inputs.npz"\n[sources.pytorch]\nmodel = "model.py:load"\n[sources.wrong]\nmodel = "model.py:faulty"\n'
     )
@@ -152,10 +154,8 @@ def test_bad_input_is_one_line(folder: Path, args: list[str], message: str) -> N
         ({"input_ids": np.full((1, 4), 5000)}, "raised IndexError"),
     ],
 )
-def test_inputs_that_do_not_fit_are_one_line(
-    folder: Path, inputs: dict[str, np.ndarray], message: str
-) -> None:
-    np.savez(folder / "bad.npz", **inputs)  # type: ignore[arg-type]
+def test_inputs_that_do_not_fit_are_one_line(folder: Path, inputs: dict[str, Any], message: str) -> None:
+    np.savez(folder / "bad.npz", **inputs)
     assert message in refused(folder, "compare", "--ref", "pytorch", "--cand", "wrong", "--inputs", "bad.npz")
 
 
@@ -194,7 +194,8 @@ def test_help_loads_no_framework() -> None:
         "try: main()\n"
         "except SystemExit: pass\n"
         "import divergence\n"
-        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'pandas', 'matplotlib', 'rich'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'onnx', 'onnxruntime', 'pandas', 'matplotlib', 'rich'}\n"
+        "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from divergence.capture import Capture
+from divergence.captures import Capture
 from divergence.errors import ConfigurationError, nearest
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.graph import Graph

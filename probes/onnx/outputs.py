@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from divergence.capture import Capture
+from divergence.captures import Capture
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.values import match_values
 from divergence.sites import Site

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import torch
 
-from divergence.capture import Capture
+from divergence.captures import Capture
 from divergence.errors import SourceError
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx import facts

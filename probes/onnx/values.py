@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from divergence.capture import Capture
+from divergence.captures import Capture
 from divergence.probes.onnx.found import Found
 from divergence.sites import Site
 

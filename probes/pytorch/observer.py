@@ -417,5 +417,6 @@ def _entries(caches: Sequence[Any], layer: int | None, tensor: str) -> Iterator[
 def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:
     """`[batch * head, token, channel]` as `[batch, head, token, channel]`; others as they are."""
     if tensor is not None and tensor.dim() == 3 and batch and tensor.shape[0] % batch == 0:
-        return tensor.unflatten(0, (batch, -1))
+        folded: Tensor = tensor.unflatten(0, (batch, -1))
+        return folded
     return tensor

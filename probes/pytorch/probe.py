@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divergence.capture import fingerprint
+from divergence.captures import fingerprint
 from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
@@ -97,6 +97,38 @@ class PyTorchProbe:
     ) -> RunFacts:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
+        order, outputs, notes = self.observe(inputs, sink, detail=detail, progress=progress, record=record)
+        return RunFacts(
+            kind=self.kind,
+            source=self.source,
+            model_digest=fingerprint(self.model.named_parameters()),
+            precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
+            stacks=order,
+            versions={"torch": torch.__version__},
+            notes=notes,
+            outputs=outputs,
+            details={
+                "model": type(self.model).__name__,
+                "device": str(device_of(self.model)),
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "layers": {stack.path: len(stack.layers) for stack in self.stacks},
+            },
+        )
+
+    def observe(
+        self,
+        inputs: Mapping[str, Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+        record: bool = False,
+    ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+        """`run` without the facts that take reading all weights.
+
+        Returns:
+            Names of the stacks in execution order, names of the outputs, notes.
+        """
         self._check_names(inputs)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = _OwnKeys(self.stacks, sink)
@@ -125,22 +157,7 @@ class PyTorchProbe:
         notes = own.replace(leaves)
         for name, tensor in leaves.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
-        return RunFacts(
-            kind=self.kind,
-            source=self.source,
-            model_digest=fingerprint(self.model.named_parameters()),
-            precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
-            stacks=tuple(observer.order),
-            versions={"torch": torch.__version__},
-            notes=notes,
-            outputs=tuple(leaves),
-            details={
-                "model": type(self.model).__name__,
-                "device": str(device_of(self.model)),
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "layers": {stack.path: len(stack.layers) for stack in self.stacks},
-            },
-        )
+        return tuple(observer.order), tuple(leaves), notes
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> Any:
         device = device_of(self.model)

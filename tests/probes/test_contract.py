@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from divergence.capture import CaptureWriter
+from divergence.captures import CaptureWriter
 from divergence.inputs import digest
 from divergence.probes import Observation, Progress, RunFacts, Sink, silent
 from divergence.probes.fake import FakeProbe

@@ -98,8 +98,8 @@ def test_the_first_divergence_is_told_as_figure_against_limit() -> None:
 
 
 def test_an_introduced_error_is_told_apart_from_what_came_in() -> None:
-    replayed = {"introduced": 2e-3, "introduced_floor": 1e-4, "introduced_ratio": 20.0}
-    after = {"introduced": 1e-4, "introduced_floor": 1e-4, "introduced_ratio": 1.0, "verdict": "pass"}
+    replayed: dict[str, Any] = {"introduced": 2e-3, "introduced_floor": 1e-4, "introduced_ratio": 20.0}
+    after: dict[str, Any] = {"introduced": 1e-4, "introduced_floor": 1e-4, "introduced_ratio": 1.0, "verdict": "pass"}
     text = render(comparison(site(3, "hidden", 9.0, **replayed), site(4, "hidden", 8.0, **after)))
     assert "layers.3.hidden:  introduces an error of 2.0e-3, 20x its own noise floor of 1.0e-4" in text
     assert "  accumulated  error 9.0e-3, 9.0x its floor of 1.0e-3" in text
@@ -120,7 +120,7 @@ def test_the_limit_of_a_single_site_is_the_one_shown() -> None:
 
 def test_absolute_limits_are_told_with_metric_and_direction() -> None:
     policy = Policy("absolute", 4.0, sites={"layers.*.key": {"cosine": 0.999, "mse": 1e-5}})
-    bad = {"cosine": 0.99897, "mse": 2e-4, "floor": None, "verdict": "fail"}
+    bad: dict[str, Any] = {"cosine": 0.99897, "mse": 2e-4, "floor": None, "verdict": "fail"}
     text = render(comparison(site(0, "key", None, **bad), site(1, "key", None, **bad), policy=policy))
     assert "cosine 0.99897 is below the limit 0.999; mse 0.0002 is above the limit 1e-5" in text
     assert "  limits     layers.*.key: cosine >= 0.999, mse <= 1e-5" in text.splitlines()
@@ -265,7 +265,7 @@ def test_excluded_sites_are_named_and_not_called_unmatched() -> None:
 
 
 def test_zeros_are_remarked_as_a_run_of_layers() -> None:
-    zeros = {"cand_min": 0.0, "cand_max": 0.0}
+    zeros: dict[str, Any] = {"cand_min": 0.0, "cand_max": 0.0}
     text = render(comparison(*(site(n, "key", **(zeros if n >= 2 else {})) for n in range(18))))
     assert "layers.2.key to layers.17.key (16 layers): the candidate is all zero where the" in text
 
