@@ -46,6 +46,11 @@ class Scale:
         low = math.floor(min(logs))
         return cls(low, max(math.ceil(max(logs)), low + 1))
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """Both ends in writing: `1e-6`, `1e0`."""
+        return f"1e{self.low}", f"1e{self.high}"
+
     def position(self, value: float) -> float:
         """Where `value` lies, from 0 to 1."""
         return min(1.0, max(0.0, (math.log10(value) - self.low) / (self.high - self.low)))

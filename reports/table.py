@@ -84,7 +84,9 @@ def _chart(width: int, rows: Sequence[Row], tensors: Sequence[str], columns: int
     tensor = "hidden" if "hidden" in tensors else tensors[0]
     charted = [row.sites[tensor] for row in rows if tensor in row.sites]
     scale = Scale.over(value for site in charted for value in (site.rel_l2, site.floor))
-    return _Chart(tensor, scale, cells) if scale is not None and cells >= _MIN_CHART else None
+    if scale is None or cells < max(_MIN_CHART, len(" ".join(scale.ends))):
+        return None
+    return _Chart(tensor, scale, cells)
 
 
 def _write_table(
@@ -95,8 +97,8 @@ def _write_table(
     for tensor in tensors:
         header.append(gap + set_cell_size(page.plain(tensor).center(_CELL), _CELL), "bold")
     if chart is not None:
-        ends = f"1e{chart.scale.low}", f"1e{chart.scale.high}"
-        header.append(gap + ends[0] + ends[1].rjust(chart.cells - len(ends[0])), "dim")
+        low, high = chart.scale.ends
+        header.append(gap + low + high.rjust(chart.cells - len(low)), "dim")
     page.styled(header)
     for group in groups:
         if len(groups) > 1 or group.stack:

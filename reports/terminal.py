@@ -278,10 +278,13 @@ def _outputs(page: Page, comparison: Comparison) -> None:
     rows = []
     for site in outputs:
         by = judged(site, comparison.policy)
-        error = "equal to the bit" if site.bit_equal else f"error {figure(by.error)}"
+        error = f"{'adds' if by.introduced else 'error'} {figure(by.error)}"
+        if site.bit_equal:
+            error = "equal to the bit"
         parts = [
             f"{page.glyphs.marks[site.verdict]} {error}",
             f"{times(by.ratio)} the floor" if by.ratio is not None and not site.bit_equal else "",
+            f"accumulated {figure(site.rel_l2)}" if by.introduced and not site.bit_equal else "",
             f"difference at most {number(site.max_abs, 3)}" if site.max_abs is not None else "",
             _beyond_the_floor(site, comparison.policy),
         ]

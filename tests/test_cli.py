@@ -53,7 +53,8 @@ def folder(tmp_path: Path) -> Path:
     arrays: dict[str, Any] = {n: t.numpy() for n, t in inputs_for("llama").items()}
     np.savez(tmp_path / "inputs.npz", **arrays)
     (tmp_path / "divergence.toml").write_text(
-        'inputs = "inputs.npz"\n[sources.pytorch]\nmodel = "model.py:load"\n[sources.wrong]\nmodel = "model.py:faulty"\n'
+        'inputs = "inputs.npz"\n[sources.pytorch]\nmodel = "model.py:load"\n'
+        '[sources.wrong]\nmodel = "model.py:faulty"\n'
     )
     return tmp_path
 

@@ -283,5 +283,7 @@ def test_bad_option_is_named(text: str, message: str) -> None:
 
 def test_axes_of_a_sources_tensors_are_read(tmp_path: Path) -> None:
     file = tmp_path / "divergence.toml"
-    file.write_text('[sources.a]\npath = "a.onnx"\n[sources.a.axes]\n"output.keys" = ["layer", "batch", "head"]\n')
+    file.write_text(
+        '[sources.a]\npath = "a.onnx"\n[sources.a.axes]\n"output.keys" = ["layer", "batch", "head"]\n'
+    )
     assert load_config(file).sources["a"].axes == {"output.keys": ("layer", "batch", "head")}

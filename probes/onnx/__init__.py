@@ -1,20 +1,20 @@
 """The probe of ONNX models.
 
-    probe.py      `OnnxProbe`: describes and runs
-    light.py      reads a model without its weights
-    graph.py      who makes a value, who reads it, its type and shape
-    names.py      sites that output names declare
-    scopes.py     modules and layers, from what exporters leave on nodes
-    layers.py     sites of a layer, from its scopes
-    attention.py  query, key and value, from the data flow
-    values.py     sites by their contents
-    patterns.py   sites by the operators around them
-    outputs.py    the model's own outputs
-    mapping.py    puts the sites together
-    session.py    runs a graph with more outputs
-    inputs.py     checks inputs
-    unseen.py     Inf that nothing in the graph saw
-    facts.py      digest, precision, operators
+probe.py      `OnnxProbe`: describes and runs
+light.py      reads a model without its weights
+graph.py      who makes a value, who reads it, its type and shape
+names.py      sites that output names declare
+scopes.py     modules and layers, from what exporters leave on nodes
+layers.py     sites of a layer, from its scopes
+attention.py  query, key and value, from the data flow
+values.py     sites by their contents
+patterns.py   sites by the operators around them
+outputs.py    the model's own outputs
+mapping.py    puts the sites together
+session.py    runs a graph with more outputs
+inputs.py     checks inputs
+unseen.py     Inf that nothing in the graph saw
+facts.py      digest, precision, operators
 """
 
 from divergence.probes.onnx.probe import OnnxProbe

@@ -18,10 +18,11 @@ _PRODUCTS = {"MatMul": (0, 1), "FusedMatMul": (0, 1), "MatMulInteger": (0, 1), "
              "Einsum": (0, 1)}  # fmt: skip
 _FUSED = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 # What may stand between the product of query and key, the softmax, and the product with the value.
-_TO_SCORES = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Clip", "Min", "Max", "Identity",
-                        "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
-_TO_VALUE = frozenset({"Cast", "Where", "Identity", "Dropout", "Mul", "Div", "Reshape", "Squeeze", "Unsqueeze",
-                       "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
+_TO_SCORES = frozenset({"Add", "Sub", "Mul", "Div", "Where", "Cast", "Tanh", "Clip", "Min", "Max",
+                        "Identity", "Reshape", "Squeeze", "Unsqueeze", "QuantizeLinear",
+                        "DequantizeLinear"})  # fmt: skip
+_TO_VALUE = frozenset({"Cast", "Where", "Identity", "Dropout", "Mul", "Div", "Reshape", "Squeeze",
+                       "Unsqueeze", "QuantizeLinear", "DequantizeLinear"})  # fmt: skip
 _KEEPING = frozenset({"Identity", "Dropout"})
 _CHANGING = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear"})
 _FAR = 24
@@ -117,7 +118,13 @@ def _operand(graph: Graph, product: int, which: int, *, value: bool) -> tuple[st
     node = graph.nodes[product]
     name = node.input[_PRODUCTS[node.op_type][which]]
     if node.op_type == "Einsum":
-        return name, _einsum_axes(str(attribute(node, "equation", b""), ), which, value=value)
+        return name, _einsum_axes(
+            str(
+                attribute(node, "equation", b""),
+            ),
+            which,
+            value=value,
+        )
     rank = graph.rank(name) or graph.rank(node.output[0]) or 4
     leading = {4: ("batch", "head"), 3: (_BATCH_HEAD,)}.get(rank)
     if leading is None:

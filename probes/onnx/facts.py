@@ -72,7 +72,9 @@ def precision(graph: Graph) -> str | None:
         if tensor.data_type in FLOATS:
             weights[FLOATS[tensor.data_type]] += tensor_bytes(tensor)
     products = Counter(
-        FLOATS.get(graph.element_type(node.output[0]), "") for node in graph.nodes if node.op_type in _PRODUCTS
+        FLOATS.get(graph.element_type(node.output[0]), "")
+        for node in graph.nodes
+        if node.op_type in _PRODUCTS
     )
     stored = weights.most_common(1)[0][0] if weights else ""
     run = products.most_common(1)[0][0] if products else stored

@@ -6,13 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 from divergence.probes.onnx.scopes import node_scopes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Shape = tuple[int | str, ...]
 
@@ -26,10 +29,12 @@ FLOATS: Mapping[int, str] = {
     TensorProto.FLOAT8E5M2: "float8_e5m2",
     TensorProto.FLOAT8E5M2FNUZ: "float8_e5m2fnuz",
 }
-_OTHERS = {TensorProto.BOOL: "bool", TensorProto.STRING: "string"}
+_OTHERS: Mapping[int, str] = {TensorProto.BOOL: "bool", TensorProto.STRING: "string"}
 
 # What only says something about shapes or scales: results of these on such are scalars too.
-_SCALAR_OPS = frozenset({"Shape", "Size", "Slice", "Gather", "Cast", "Sqrt", "Div", "Mul", "Squeeze", "Constant"})
+_SCALAR_OPS = frozenset(
+    {"Shape", "Size", "Slice", "Gather", "Cast", "Sqrt", "Div", "Mul", "Squeeze", "Constant"}
+)
 _DEEP = 12
 
 
@@ -92,6 +97,7 @@ class Graph:
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         except Exception:  # an aid only: what is unknown stays unknown
             model = self.model
+        infos: dict[str, tuple[int, tuple[int | str, ...] | None]]
         infos = {name: (t.data_type, tuple(t.dims)) for name, t in self.initializers.items()}
         for info in (*model.graph.value_info, *model.graph.input, *model.graph.output):
             infos[info.name] = _info(info)
@@ -161,12 +167,12 @@ class Graph:
             tensor = attribute.t
         if tensor.data_location == TensorProto.EXTERNAL:
             return None
-        return numpy_helper.to_array(tensor)
+        return np.asarray(numpy_helper.to_array(tensor))
 
     def is_scalar(self, value: str, depth: int = _DEEP) -> bool:
         """Whether `value` is a single number that does not depend on what the inputs hold."""
         if value in self.initializers:
-            return math.prod(self.initializers[value].dims) == 1
+            return bool(math.prod(self.initializers[value].dims) == 1)
         index = self.producer(value)
         if index is None or depth == 0 or self.size(value) not in (1, None):
             return False

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from onnx import ValueInfoProto
 
 from divergence.errors import InputError, nearest
 from divergence.precision import dtype_name, torch_dtype
 from divergence.probes.onnx.graph import Graph
 from divergence.probes.onnx.graph import dtype_name as element_name
 from divergence.probes.onnx.session import as_feed
+
+if TYPE_CHECKING:
+    from onnx import ValueInfoProto
 
 
 def feeds_of(
@@ -59,7 +61,9 @@ def _converted(info: ValueInfoProto, tensor: torch.Tensor, path: str) -> torch.T
     wanted = torch_dtype(name)
     if tensor.dtype == wanted:
         return tensor
-    integers = not (tensor.is_floating_point() or wanted.is_floating_point or torch.bool in (tensor.dtype, wanted))
+    integers = not (
+        tensor.is_floating_point() or wanted.is_floating_point or torch.bool in (tensor.dtype, wanted)
+    )
     if not integers and not (tensor.is_floating_point() and wanted.is_floating_point):
         raise InputError(
             f"{path}: input '{info.name}' is {dtype_name(tensor.dtype)}, the graph takes {name}; "
@@ -67,7 +71,9 @@ def _converted(info: ValueInfoProto, tensor: torch.Tensor, path: str) -> torch.T
         )
     converted = tensor.to(wanted)
     if integers and not torch.equal(converted.to(tensor.dtype), tensor):
-        raise InputError(f"{path}: input '{info.name}' holds numbers that {name}, which the graph takes, cannot hold")
+        raise InputError(
+            f"{path}: input '{info.name}' holds numbers that {name}, which the graph takes, cannot hold"
+        )
     return converted
 
 
@@ -77,13 +83,20 @@ def _check_shape(
     if not info.type.tensor_type.HasField("shape"):
         return
     dims = info.type.tensor_type.shape.dim
-    wanted = "[" + ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims) + "]"
+    wanted = (
+        "["
+        + ", ".join(str(d.dim_value) if d.HasField("dim_value") else d.dim_param or "?" for d in dims)
+        + "]"
+    )
     told = f"{path}: input '{info.name}' has shape {list(tensor.shape)}, the graph takes {wanted}"
     if len(dims) != tensor.dim():
         raise InputError(f"{told}; give a tensor of {len(dims)} axes")
     for axis, (dim, size) in enumerate(zip(dims, tensor.shape, strict=True)):
         if dim.HasField("dim_value") and dim.dim_value != size:
-            raise InputError(f"{told}: axis {axis} is fixed at {dim.dim_value}; export with dynamic shapes or give that size")
+            raise InputError(
+                f"{told}: axis {axis} is fixed at {dim.dim_value}; "
+                "export with dynamic shapes or give that size"
+            )
         if dim.dim_param:
             first, owner = sizes.setdefault(dim.dim_param, (size, info.name))
             if first != size:

@@ -33,7 +33,7 @@ def sites_of_layers(graph: Graph, layers: list[Layer]) -> Iterator[Found]:
 def leaving(graph: Graph, nodes: tuple[int, ...]) -> str | None:
     """The output of the module that `nodes` make up: of the floating values that are read outside
     of it, or by nobody, the last. (Not the last of the module's own nodes: the last operator may
-    belong to a module inside it, as in a layer that ends with its norm.)"""
+    belong to a module inside it, as in a layer that ends with its norm.)."""
     found = _leaving(graph, nodes)
     return found[-1] if found else None
 
@@ -43,7 +43,7 @@ def _leaving(graph: Graph, nodes: tuple[int, ...]) -> list[str]:
     found, unread = [], []
     for index in nodes:
         for name in graph.nodes[index].output:
-            if not name or not graph.is_float(name) or not (graph.rank(name) != 0):
+            if not name or not graph.is_float(name) or graph.rank(name) == 0:
                 continue
             readers = [i for i in graph.consumers(name) if graph.nodes[i].op_type not in _SIZES]
             if name in graph.outputs or any(i not in inside for i in readers):
@@ -61,7 +61,7 @@ def _with_residual(graph: Graph, layer: Layer, hidden: str) -> str:
         node = graph.nodes[index]
         fused = node.op_type in _SKIP and index not in layer.nodes and left.issuperset(node.input[:2])
         if fused and len(node.output) > 3 and node.output[3]:
-            return node.output[3]
+            return str(node.output[3])
     return hidden
 
 
@@ -114,11 +114,11 @@ def _axes(graph: Graph, value: str) -> tuple[str, ...]:
     return HIDDEN_AXES if rank in (3, None) else HIDDEN_AXES[1:] if rank == 2 else ()
 
 
-def _found(
-    graph: Graph, layer: Layer, tensor: str, operand: Operand, source: str, what: str = ""
-) -> Found:
+def _found(graph: Graph, layer: Layer, tensor: str, operand: Operand, source: str, what: str = "") -> Found:
     index = graph.producer(operand.value)
-    node = f"node {graph.nodes[index].name or operand.value}" if index is not None else f"value {operand.value}"
+    node = (
+        f"node {graph.nodes[index].name or operand.value}" if index is not None else f"value {operand.value}"
+    )
     how = ", ".join(part for part in (source, what, operand.how, node) if part)
     return Found(
         Site(layer.index, tensor, layer.stack, layer.call),

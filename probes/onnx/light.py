@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import onnx
-from google.protobuf.message import DecodeError
+import onnx.inliner
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import GraphProto, ModelProto, TensorProto
 
 from divergence.errors import SourceError, one_line
@@ -163,7 +164,7 @@ def _light_tensor(
     weight = Weight(path, content.payload, content.end - content.payload)
     weights[tensor.name] = weight
     _refer(tensor, weight, root)
-    return tensor.SerializeToString()
+    return bytes(tensor.SerializeToString())
 
 
 def _refer(tensor: TensorProto, weight: Weight, root: Path) -> None:
@@ -208,10 +209,10 @@ def _relocate(path: Path, tensor: TensorProto, root: Path) -> Weight:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """The number of bytes that the contents of `tensor` take."""
-    bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4, TensorProto.FLOAT4E2M1: 4}.get(tensor.data_type)
-    if bits is None:
+    bits = 4
+    if tensor.data_type not in {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}:
         bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return (math.prod(tensor.dims) * bits + 7) // 8
+    return int(math.prod(tensor.dims) * bits + 7) // 8
 
 
 def _external(graph: GraphProto) -> Iterator[TensorProto]:
@@ -227,9 +228,7 @@ def _external(graph: GraphProto) -> Iterator[TensorProto]:
                 yield from _external(attribute.g)
 
 
-def _fields(
-    data: _Buffer, start: int, end: int, known: frozenset[int] | None = None
-) -> Iterator[_Field]:
+def _fields(data: _Buffer, start: int, end: int, known: frozenset[int] | None = None) -> Iterator[_Field]:
     """The fields of the message encoded in `data[start:end]`."""
     at = start
     while at < end:

@@ -106,4 +106,3 @@ def _counts(reference: Capture | None) -> dict[str, int]:
         if site.layer is not None:
             counts.setdefault(site.stack, set()).add(site.layer)
     return {stack: len(layers) for stack, layers in counts.items()}
-

@@ -29,7 +29,9 @@ def name_outputs(
         reference: a run of the reference.
         fetch: runs the graph and yields values of these names.
     """
-    named = {name: Found(Site.output(name), name, (), f"output {name} of the graph", "output") for name in outputs}
+    named = {
+        name: Found(Site.output(name), name, (), f"output {name} of the graph", "output") for name in outputs
+    }
     if reference is None:
         return list(named.values())
     wanted = [site for site in reference.sites if site.layer is None]

@@ -96,7 +96,9 @@ class OnnxProbe:
             InputError: `inputs` do not fit.
         """
         graph, site_map, notes = self._graph, self._map, list(self._map.notes)
-        outputs = [Found(Site.output(o), o, (), f"output {o} of the graph", "output") for o in site_map.outputs]
+        outputs = [
+            Found(Site.output(o), o, (), f"output {o} of the graph", "output") for o in site_map.outputs
+        ]
         if inputs is not None:
             run, site_map, more = self._prepare(inputs, silent)
             graph, notes = run.graph, [*site_map.notes, *more]

@@ -11,10 +11,12 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from onnx import NodeProto
+from typing import TYPE_CHECKING
 
 from divergence.sites import name_stacks
+
+if TYPE_CHECKING:
+    from onnx import NodeProto
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NUMBERED = re.compile(r"^(?P<stem>.*?[A-Za-z])_?(?P<index>\d+)$")
@@ -66,7 +68,7 @@ def _own_scope(node: NodeProto) -> str | None:
     if "namespace" in metadata:
         names = [part.split(":")[0].strip() for part in metadata["namespace"].split("/")]
         if len(names) > 1:
-            return names[-2]
+            return str(names[-2])
     if node.name.startswith("/"):
         return ".".join(part for part in node.name.split("/")[1:-1] if part)
     return None

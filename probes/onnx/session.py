@@ -90,9 +90,7 @@ class Session:
         """
         unique = list(dict.fromkeys(values))
         try:
-            results = self._session.run_with_ort_values(
-                [self._names[value] for value in unique], dict(feeds)
-            )
+            results = self._session.run_with_ort_values([self._names[value] for value in unique], dict(feeds))
         except Exception as error:
             raise SourceError(
                 f"{self._path}: onnxruntime failed to run the model ({one_line(error)}); "
@@ -157,5 +155,7 @@ def as_feed(tensor: torch.Tensor, element: int) -> Any:
         raw = array.view(torch.int16).numpy()
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, element)
     if element in FLOATS and element not in _NATIVE:
-        raise InputError(f"inputs of type {FLOATS[element]} cannot be given to onnxruntime; export them as float32")
+        raise InputError(
+            f"inputs of type {FLOATS[element]} cannot be given to onnxruntime; export them as float32"
+        )
     return onnxruntime.OrtValue.ortvalue_from_numpy(array.numpy())

@@ -14,9 +14,11 @@ import torch
 from divergence.probes.onnx.graph import Graph
 
 # Results of these on Inf are not finite, wherever the Inf stands.
-_ELEMENTWISE = frozenset({"Add", "Sub", "Mul", "Cast", "Identity", "Neg", "Abs", "Sqrt", "Pow", "Exp", "Dropout"})
-_REDUCING = frozenset({"MatMul", "Gemm", "FusedMatMul", "Conv", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2",
-                       "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
+_ELEMENTWISE = frozenset(
+    {"Add", "Sub", "Mul", "Cast", "Identity", "Neg", "Abs", "Sqrt", "Pow", "Exp", "Dropout"}
+)
+_REDUCING = frozenset({"MatMul", "Gemm", "FusedMatMul", "Conv", "ReduceMean", "ReduceSum", "ReduceMax",
+                       "ReduceL2", "LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
                        "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Softmax",
                        "Attention", "MultiHeadAttention", "GroupQueryAttention"})  # fmt: skip
 _MOVING = frozenset({"Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand"})

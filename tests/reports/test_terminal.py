@@ -99,7 +99,12 @@ def test_the_first_divergence_is_told_as_figure_against_limit() -> None:
 
 def test_an_introduced_error_is_told_apart_from_what_came_in() -> None:
     replayed: dict[str, Any] = {"introduced": 2e-3, "introduced_floor": 1e-4, "introduced_ratio": 20.0}
-    after: dict[str, Any] = {"introduced": 1e-4, "introduced_floor": 1e-4, "introduced_ratio": 1.0, "verdict": "pass"}
+    after: dict[str, Any] = {
+        "introduced": 1e-4,
+        "introduced_floor": 1e-4,
+        "introduced_ratio": 1.0,
+        "verdict": "pass",
+    }
     text = render(comparison(site(3, "hidden", 9.0, **replayed), site(4, "hidden", 8.0, **after)))
     assert "layers.3.hidden:  introduces an error of 2.0e-3, 20x its own noise floor of 1.0e-4" in text
     assert "  accumulated  error 9.0e-3, 9.0x its floor of 1.0e-3" in text
@@ -225,6 +230,15 @@ def test_a_model_with_outputs_only_has_no_layer_table() -> None:
     assert "Layers" not in text
     assert "  output.logits  ✓ error 1.0e-3  1.0x the floor  difference at most 0.047" in text.splitlines()
     assert "  output.action  ✗ error 9.0e-3  9.0x the floor" in text
+
+
+def test_an_output_that_only_passes_on_an_error_shows_both_figures() -> None:
+    replayed = site(
+        None, "logits", 9.0, verdict="pass", introduced=1e-4, introduced_floor=1e-4, introduced_ratio=1.0
+    )
+    assert "  output.logits  ✓ adds 1.0e-4  1.0x the floor  accumulated 9.0e-3" in render(
+        comparison(replayed)
+    )
 
 
 def test_nan_is_counted_before_anything_else() -> None:
@@ -405,7 +419,7 @@ SITES = st.builds(
     SiteResult,
     site=TEXT,
     stack=TEXT,
-    layer=st.none() | st.integers(-1, 10**9),
+    layer=st.none() | st.integers(0, 99_999),
     tensor=st.sampled_from(("key", "value", "hidden", "mlp")) | TEXT,
     call=st.integers(1, 3),
     verdict=st.sampled_from(("pass", "fail", "error")),
