@@ -129,9 +129,9 @@ def export(
     """
     model = load(dtype=dtype, sdpa=sdpa)
     example = inputs(batch=2)
-    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     try:
         with planted(model, rotary_dtype=rotary_dtype, value_gain=value_gain), _quiet():
+            batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
             torch.onnx.export(
                 model,
                 (),

@@ -118,13 +118,9 @@ def _operand(graph: Graph, product: int, which: int, *, value: bool) -> tuple[st
     node = graph.nodes[product]
     name = node.input[_PRODUCTS[node.op_type][which]]
     if node.op_type == "Einsum":
-        return name, _einsum_axes(
-            str(
-                attribute(node, "equation", b""),
-            ),
-            which,
-            value=value,
-        )
+        equation = attribute(node, "equation")
+        equation = equation.decode() if isinstance(equation, bytes) else ""
+        return name, _einsum_axes(equation, which, value=value)
     rank = graph.rank(name) or graph.rank(node.output[0]) or 4
     leading = {4: ("batch", "head"), 3: (_BATCH_HEAD,)}.get(rank)
     if leading is None:
@@ -136,7 +132,7 @@ def _operand(graph: Graph, product: int, which: int, *, value: bool) -> tuple[st
 
 
 def _einsum_axes(equation: str, which: int, *, value: bool) -> tuple[str, ...]:
-    equation = equation.removeprefix("b'").rstrip("'").replace(" ", "")
+    equation = equation.replace(" ", "")
     left, _, out = equation.partition("->")
     operands = left.split(",")
     if len(operands) != 2 or len(operands[which]) != 4 or "." in equation:

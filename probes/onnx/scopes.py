@@ -131,10 +131,16 @@ def find_layers(scopes: Sequence[str | None], known: Mapping[str, int] | None = 
     counts = {path: len({key[1] for key in nodes if key[0] == path}) for path in paths}
     named = name_stacks(path.rstrip("#") for path in paths)
     names = _reconciled({path: named[path.rstrip("#")] for path in paths}, counts, known or {})
-    return [
+    # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.
+    done: dict[str, int] = {}
+    for (prefix, *_), found in sorted(nodes.items(), key=lambda item: item[0][1:3]):
+        done.setdefault(prefix, found[-1])
+    layers = [
         Layer(names[prefix], index, call, path, tuple(found))
         for (prefix, index, call, path), found in nodes.items()
     ]
+    order = {names[prefix]: at for prefix, at in done.items()}
+    return sorted(layers, key=lambda layer: (order[layer.stack], layer.call, layer.index))
 
 
 def _numbered(scope: str) -> list[tuple[str, int, str]]:

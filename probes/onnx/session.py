@@ -97,7 +97,9 @@ class Session:
                 "check that the inputs suit it"
             ) from error
         tensors = {}
-        for value, result in zip(unique, results, strict=True):
+        results.reverse()
+        for value in unique:
+            result = results.pop()  # so that only one tensor at a time exists twice
             if not result.is_tensor() or result.data_type() == "tensor(string)":
                 continue
             tensor = torch.from_numpy(np.require(result.numpy(), requirements="W"))
