@@ -22,6 +22,7 @@ from divergence.precision import check_precision
 from divergence.probes import Probe, Progress, silent
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy, SiteResult
+from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
 
@@ -192,6 +193,12 @@ class _Job:
             exclude=exclude,
             axes=settings.axes if settings else None,
         )
+        known = (*self.reference.entries, *self.candidate.entries)
+        self.notes += [
+            f"the pattern '{pattern}' excludes nothing: no site matches it"
+            for pattern in exclude
+            if not any(matches(site, pattern) for site in known)
+        ]
         self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
         metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ if __name__ == "__main__":
     report, picture = map(Path, sys.argv[1:])
     text = render(Comparison.from_json(report.read_text(encoding="utf-8")), width=WIDTH, color=True)
     shown = text.split("\nRun\n")[0].split("\n\x1b[1mRun\x1b[0m")[0]
-    console = Console(record=True, width=WIDTH, file=Path("/dev/null").open("w"))
+    console = Console(record=True, width=WIDTH, file=io.StringIO())
     console.print(Text.from_ansi(shown))
     svg = console.export_svg(title="divergence compare --ref pytorch --cand model.onnx")
     # The fonts of the reader's machine: a picture that loads something is no picture.

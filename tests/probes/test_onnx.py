@@ -185,7 +185,7 @@ def test_an_unknown_provider_is_refused(exports: dict[str, Path]) -> None:
 
 
 def test_an_infinity_that_no_consumer_sees_is_said_to_be_one(tmp_path: Path) -> None:
-    """onnxruntime adds fp16 in fp32 on the CPU: 60000 + 60000 - 60000 is finite, its sum is not."""
+    """On the CPU fp16 is added in fp32: 60000 + 60000 - 60000 is finite, its sum is not."""
     from divergence.probes.onnx.graph import Graph
     from divergence.probes.onnx.light import read_light
     from divergence.probes.onnx.session import Session
