@@ -131,7 +131,8 @@ def overall(results: Sequence[SiteResult], unmatched: Sequence[Unmatched]) -> tu
         return "error", "no site could be compared"
     if failing:
         first = failing[0]
-        also = f", and {len(failing) - 1} more sites fail" if len(failing) > 1 else ""
+        more = len(failing) - 1
+        also = f", and {more} more site{'s fail' if more > 1 else ' fails'}" if more else ""
         return "fail", f"{first.site} {first.reason}{also}"
     if missing:
         return "fail", (

@@ -14,30 +14,27 @@ def run(out: Path | None) -> int:
     computed in bfloat16.
 
     Args:
-        out: folder for both reports, in `clean/` and `fault/`; None to keep none.
+        out: folder for both reports, in `clean/` and `rotary-bf16/`; None to keep none.
 
     Returns:
         Exit status: 0 if the first passes and the second fails at `layers.0.key`, else 1.
     """
-    import torch
-
     from divergence.config import Config
-    from divergence.demo import export, inputs, load
+    from divergence.demo import inputs, load, write_bundled
     from divergence.pipeline import compare
     from divergence.reports.progress import progress
     from divergence.reports.terminal import render
 
     candidates = {
-        "clean": ("a clean export of the model", None),
-        "fault": ("an export that computes its rotary angles in bfloat16", torch.bfloat16),
+        "clean": "a clean export of the model",
+        "rotary-bf16": "an export that computes its rotary angles in bfloat16",
     }
     found = {}
     with tempfile.TemporaryDirectory(prefix="divergence-demo-") as folder:
-        for name, (title, dtype) in candidates.items():
+        for name, title in candidates.items():
             path = Path(folder) / f"{name}.onnx"
             with progress(sys.stderr, sys.stderr.isatty()) as shown:
-                shown(f"exporting {title}", 0, 1)
-                export(path, rotary_dtype=dtype)
+                write_bundled(name, path)
                 result = compare(
                     load(), path, inputs(), config=Config(), command="divergence demo", progress=shown
                 )
@@ -48,7 +45,7 @@ def run(out: Path | None) -> int:
                 click.echo(f"report: {out / name / 'report.json'}")
             click.echo("")
             found[name] = result
-    first = found["fault"].first_divergence
+    first = found["rotary-bf16"].first_divergence
     right = found["clean"].verdict == "pass" and first is not None and first.site == "layers.0.key"
     click.echo(
         "As it should be: the clean export passes, and the planted fault is found at layers.0.key."
