@@ -5,10 +5,12 @@ light.py      reads a model without its weights
 graph.py      who makes a value, who reads it, its type and shape
 names.py      sites that output names declare
 scopes.py     modules and layers, from what exporters leave on nodes
+calls.py      calls of a layer that runs more than once
 layers.py     sites of a layer, from its scopes
 attention.py  query, key and value, from the data flow
 values.py     sites by their contents
 patterns.py   sites by the operators around them
+cuts.py       outputs of layers by where the graph is narrow
 outputs.py    the model's own outputs
 mapping.py    puts the sites together
 session.py    runs a graph with more outputs

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
 
 from onnx import TensorProto
@@ -38,7 +38,7 @@ def digest(model: LightModel) -> str:
     for info in (*graph.input, *graph.output):
         found.update(info.SerializeToString(deterministic=True))
     with ExitStack() as stack:
-        files: dict[Path, mmap.mmap] = {}
+        files: dict[Path, FileIO] = {}
         for tensor in graph.initializer:
             found.update(f"{tensor.name}{tuple(tensor.dims)}{tensor.data_type}".encode())
             weight = model.weights.get(tensor.name)
@@ -46,12 +46,13 @@ def digest(model: LightModel) -> str:
                 found.update(tensor.SerializeToString(deterministic=True))
                 continue
             if weight.file not in files:
-                file = stack.enter_context(open(weight.file, "rb"))
-                files[weight.file] = stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                # Unbuffered reads: a mapping would fault in many times what is sampled.
+                files[weight.file] = stack.enter_context(FileIO(weight.file))
             step = max(_SAMPLE_BYTES, weight.length // _SAMPLES)
             for start in range(weight.offset, weight.offset + weight.length, step):
-                end = min(start + _SAMPLE_BYTES, weight.offset + weight.length)
-                found.update(files[weight.file][start:end])
+                count = min(_SAMPLE_BYTES, weight.offset + weight.length - start)
+                files[weight.file].seek(start)
+                found.update(files[weight.file].read(count))
     return found.hexdigest()[:16]
 
 

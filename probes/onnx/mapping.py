@@ -52,7 +52,7 @@ def map_graph(graph: Graph, overrides: Mapping[str, str], reference: Capture | N
     Raises:
         ConfigurationError: an override is no site, or names a value that the graph does not have.
     """
-    layers = find_layers(graph.scopes, _counts(reference))
+    layers = find_layers(graph.scopes, [n.op_type for n in graph.nodes], _counts(reference))
     stacks = list(dict.fromkeys(layer.stack for layer in layers))
     by_scope = list(sites_of_layers(graph, layers))
     cached = [f.site.stack for f in by_scope if f.site.tensor == "key"]

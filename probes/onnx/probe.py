@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from divergence.captures import Capture
 from divergence.errors import SourceError
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx import facts
+from divergence.probes.onnx.cuts import match_cuts
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.graph import Graph, dtype_name
 from divergence.probes.onnx.inputs import feeds_of
@@ -183,9 +185,12 @@ class OnnxProbe:
         ]
         by_value = match_values(missing, reference, self._fetch(run, values))
         site_map = site_map.with_found(by_value)
-        still = [site for site in missing if site not in site_map.found]
-        by_pattern = match_patterns(run.graph, still, list(site_map.found.values()))
-        return site_map.with_found(by_pattern)
+        # Twice: with the keys known, layers' outputs can be found, and with some of them the others.
+        counts = {site: math.prod(reference.entries[site].shape) for site in missing}
+        for find in (match_patterns, match_cuts, match_patterns):
+            still = [site for site in missing if site not in site_map.found]
+            site_map = site_map.with_found(find(run.graph, still, list(site_map.found.values()), counts))
+        return site_map
 
     def _outputs(self, run: _Run, site_map: SiteMap) -> list[Found]:
         shapes = {}

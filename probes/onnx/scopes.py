@@ -11,8 +11,9 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from divergence.probes.onnx.calls import split_calls
 from divergence.sites import name_stacks
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _NUMBERED = re.compile(r"^(?P<stem>.*?[A-Za-z])_?(?P<index>\d+)$")
-_CALL = re.compile(r"@(\d+)$")
+# A module's later calls: `layers.0@1` in metadata; `layers.0_1`, `layers.0/norm_1` in node names.
+_CALL = re.compile(r"@\d+(?=\.|$)|(?<=\.\d)_\d+(?=\.|$)|(?<=\.\d\d)_\d+(?=\.|$)")
+_REPEATED = re.compile(r"_\d+(?=\.|$)")
 
 
 def node_scopes(
@@ -33,7 +36,8 @@ def node_scopes(
     A node without a scope of its own (exporters add some) belongs to the innermost module that
     holds both what it reads and what reads it.
     """
-    scopes = [_own_scope(node) for node in nodes]
+    own = (_own_scope(node) for node in nodes)
+    scopes = [None if scope is None else _CALL.sub("", scope) for scope in own]
     if not any(scopes):
         return scopes
     for index, node in enumerate(nodes):
@@ -41,6 +45,8 @@ def node_scopes(
             continue
         made = [producer(name) for name in node.input if name]
         around = {scopes[i] for i in made if i is not None}
+        if not any(around):
+            continue  # what depends on weights alone may serve several modules
         around |= {scopes[i] for name in node.output for i in consumers(name)}
         known = [scope.split(".") for scope in around if scope is not None]
         if known:
@@ -106,11 +112,14 @@ class Layer:
         return (scope or "")[len(self.path) :].lstrip(".")
 
 
-def find_layers(scopes: Sequence[str | None], known: Mapping[str, int] | None = None) -> list[Layer]:
+def find_layers(
+    scopes: Sequence[str | None], kinds: Sequence[str] = (), known: Mapping[str, int] | None = None
+) -> list[Layer]:
     """The layers of the outermost stacks of composite modules, in execution order.
 
     Args:
         scopes: path of the innermost module of each node.
+        kinds: operator of each node, by which calls of one layer are told apart.
         known: number of layers of each stack of a reference; where stacks are called differently
             here (an export of the decoder alone), its names are taken.
     """
@@ -119,28 +128,35 @@ def find_layers(scopes: Sequence[str | None], known: Mapping[str, int] | None = 
         for prefix, index, rest in _numbered(scope or ""):
             inside[prefix, index].add(rest)
     stacks = _accepted(inside)
-    nodes: dict[tuple[str, int, int, str], list[int]] = defaultdict(list)
+    nodes: dict[str, dict[int, list[int]]] = {}
+    paths: dict[tuple[str, int], str] = {}
     for at, scope in enumerate(scopes):
         for prefix, index, rest in _numbered(scope or ""):
             if prefix in stacks:
-                path = (scope or "")[: len(scope or "") - len(rest)].rstrip(".")
-                call = _CALL.search(path)
-                nodes[prefix, index, int(call[1]) + 1 if call else 1, path].append(at)
+                nodes.setdefault(prefix, {}).setdefault(index, []).append(at)
+                paths[prefix, index] = (scope or "")[: len(scope or "") - len(rest)].rstrip(".")
                 break
-    paths = dict.fromkeys(prefix for prefix, *_ in nodes)
-    counts = {path: len({key[1] for key in nodes if key[0] == path}) for path in paths}
-    named = name_stacks(path.rstrip("#") for path in paths)
-    names = _reconciled({path: named[path.rstrip("#")] for path in paths}, counts, known or {})
-    # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.
-    done: dict[str, int] = {}
-    for (prefix, *_), found in sorted(nodes.items(), key=lambda item: item[0][1:3]):
-        done.setdefault(prefix, found[-1])
-    layers = [
-        Layer(names[prefix], index, call, path, tuple(found))
-        for (prefix, index, call, path), found in nodes.items()
+    names = _named(nodes, known or {})
+    labels = [
+        f"{kind} {_REPEATED.sub('', scope or '')}" if kind != "Constant" else ""
+        for kind, scope in zip(kinds or [""] * len(scopes), scopes, strict=True)
     ]
-    order = {names[prefix]: at for prefix, at in done.items()}
-    return sorted(layers, key=lambda layer: (order[layer.stack], layer.call, layer.index))
+    layers = []
+    for prefix, stack in nodes.items():
+        for index, calls in split_calls(stack, labels).items():
+            for call, found in enumerate(calls, 1):
+                layers.append(Layer(names[prefix], index, call, paths[prefix, index], tuple(found)))
+    # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.
+    first = sorted(layers, key=lambda layer: (layer.call, layer.index), reverse=True)
+    done = {layer.stack: layer.nodes[-1] for layer in first}
+    return sorted(layers, key=lambda layer: (done[layer.stack], layer.call, layer.index))
+
+
+def _named(nodes: Mapping[str, Mapping[int, Any]], known: Mapping[str, int]) -> dict[str, str]:
+    """The names of stacks by path."""
+    named = name_stacks(path.rstrip("#") for path in nodes)
+    names = {path: named[path.rstrip("#")] for path in nodes}
+    return _reconciled(names, {path: len(layers) for path, layers in nodes.items()}, known)
 
 
 def _numbered(scope: str) -> list[tuple[str, int, str]]:
@@ -149,11 +165,10 @@ def _numbered(scope: str) -> list[tuple[str, int, str]]:
     parts = scope.split(".")
     readings = []
     for at, part in enumerate(parts):
-        name = _CALL.sub("", part)
         rest = ".".join(parts[at + 1 :])
-        if name.isdigit():
-            readings.append((_CALL.sub("", ".".join(parts[:at])), int(name), rest))
-        elif match := _NUMBERED.match(name):
+        if part.isdigit():
+            readings.append((".".join(parts[:at]), int(part), rest))
+        elif match := _NUMBERED.match(part):
             stem = ".".join([*parts[:at], match["stem"]])
             readings.append((f"{stem}#", int(match["index"]), rest))
     return readings

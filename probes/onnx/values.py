@@ -34,21 +34,40 @@ class _Near:
 
 @dataclass
 class _Wanted:
+    """A site, what the reference holds there, and what has been found to be near to it.
+
+    Attributes:
+        mask: the valid tokens `[batch, token]`, if these are axes of the tensor: at padded tokens
+            runtimes differ and are right to.
+        valid: the tensor's contents at valid tokens.
+        norm: the L2 norm of `valid`.
+    """
+
     site: Site
     tensor: torch.Tensor
     axes: tuple[str, ...]
-    norm: float
+    mask: torch.Tensor | None
     near: list[_Near] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.valid = self._at_valid(self.tensor).float()
+        self.norm = _norm(self.valid)
+
+    def _at_valid(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.mask is None:
+            return tensor
+        at = (self.axes.index("batch"), self.axes.index("token")) if self.axes else (0, 1)
+        return tensor.movedim(at, (0, 1))[self.mask]
 
     def look(self, value: str, tensor: torch.Tensor, norm: float) -> None:
         """Remembers `value` if its contents, in any order of its axes, are near to the site's."""
-        if not (abs(norm - self.norm) <= _CANDIDATE * self.norm):
+        if self.mask is None and not abs(norm - self.norm) <= _CANDIDATE * self.norm:
             return
         best: tuple[float, tuple[int, ...]] | None = None
         for order in itertools.permutations(range(tensor.dim())):
             if tuple(tensor.shape[i] for i in order) != tuple(self.tensor.shape):
                 continue
-            distance = _distance(tensor.permute(order), self.tensor, self.norm)
+            distance = _norm(self._at_valid(tensor.permute(order)).float() - self.valid) / self.norm
             if distance < _CANDIDATE and (best is None or distance < best[0]):
                 best = (distance, order)
         if best is not None:
@@ -56,8 +75,10 @@ class _Wanted:
             self.near.append(_Near(best[0], value, best[1], contents))
 
     def found(self) -> Found | None:
-        """The value that is this site without doubt. Of views and copies the earliest is taken."""
-        nearest = sorted(self.near, key=lambda n: n.distance)  # stable: the earliest of equals first
+        """The value that is this site without doubt. Of views and copies the earliest is taken,
+        one in the site's own layout before others."""
+        # Stable: the earliest of equals first.
+        nearest = sorted(self.near, key=lambda n: (n.distance, n.order != tuple(sorted(n.order))))
         if not nearest or nearest[0].distance >= CLOSE:
             return None
         first = nearest[0]
@@ -107,18 +128,24 @@ def _wanted(sites: Iterable[Site], reference: Capture) -> Iterator[_Wanted]:
         tensor = reference.tensor(site)
         if not tensor.is_floating_point() or tensor.numel() < 2:
             continue
-        norm = _norm(tensor)
+        axes = reference.entries[site].axes
+        item = _Wanted(site, tensor, axes, _mask(site, tensor, axes, reference))
         # Zeros, and NaN or Inf, tell nothing apart.
-        if norm > 0 and norm != float("inf"):
-            yield _Wanted(site, tensor, reference.entries[site].axes or site.axes, norm)
+        if 0 < item.norm < float("inf"):
+            yield item
+
+
+def _mask(site: Site, tensor: torch.Tensor, axes: tuple[str, ...], reference: Capture) -> torch.Tensor | None:
+    mask = reference.mask(site.stack)
+    if mask is None or tensor.dim() < 2 or (axes and not {"batch", "token"} <= set(axes)):
+        return None
+    at = (axes.index("batch"), axes.index("token")) if axes else (0, 1)
+    fits = tuple(mask.shape) == (tensor.shape[at[0]], tensor.shape[at[1]])
+    return mask if fits and bool(mask.any()) else None
 
 
 def _norm(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor.double()))
-
-
-def _distance(tensor: torch.Tensor, reference: torch.Tensor, norm: float) -> float:
-    return _norm(tensor.float() - reference.float()) / norm
 
 
 def _contents(tensor: torch.Tensor) -> str:
