@@ -229,9 +229,10 @@ class _Job:
     def _mask(self, site: Site, tensor: Tensor) -> Tensor | None:
         return valid_tokens(self.reference, site, tensor)
 
-    def _metrics(self, pair: Pair) -> Metrics:
+    def _metrics(self, pair: Pair, taken: Capture | None = None) -> Metrics:
+        """The pair's tensor in `taken` (the candidate's capture by default) against the reference's."""
         ref = self.reference.tensor(pair.reference)
-        cand = pair.layout.apply(self.candidate.tensor(pair.candidate))
+        cand = pair.layout.apply((taken or self.candidate).tensor(pair.candidate))
         return compare_tensors(
             ref, cand, axes=self._axes(pair.reference), mask=self._mask(pair.reference, ref)
         )
@@ -268,12 +269,10 @@ class _Job:
     def _floors_from(self, source: object, precision: str) -> tuple[Mapping[Site, Floor], str]:
         probe = open_source(source, self.config, reference=self.reference, memory=self.options.memory)
         taken = self._record(probe, "floor")
-        floors = {}
-        for pair in align(self.reference.entries, taken.entries).pairs:
-            ref = self.reference.tensor(pair.reference)
-            cand = pair.layout.apply(taken.tensor(pair.candidate))
-            axes, mask = self._axes(pair.reference), self._mask(pair.reference, ref)
-            floors[pair.reference] = Floor.of(compare_tensors(ref, cand, axes=axes, mask=mask), precision)
+        floors = {
+            pair.reference: Floor.of(self._metrics(pair, taken), precision)
+            for pair in align(self.reference.entries, taken.entries).pairs
+        }
         return floors, f"given: {taken.facts.source}"
 
     def _judge(

@@ -18,7 +18,7 @@ from divergence.captures import fingerprint
 from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
-from divergence.probes.pytorch.observer import LayerCall, LayerObserver, wrapped
+from divergence.probes.pytorch.observer import LayerCall, LayerObserver
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import HEAD_AXES, Site
 
@@ -286,6 +286,3 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in (*model.parameters(), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-__all__ = ["PyTorchProbe", "device_of", "evaluating", "output_leaves", "wrapped"]
