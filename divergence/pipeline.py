@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from divergence.comparison.metrics import Metrics
+    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.sites import Site
 
@@ -48,6 +49,7 @@ class Options:
     floor: object = None
     memory: int = 512 << 20
     command: str = ""
+    engine: EngineOptions | None = None
 
 
 def compare(
@@ -62,6 +64,7 @@ def compare(
     replay: Literal["auto", "always", "never"] = "auto",
     floor: object = None,
     memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
     keep: Path | None = None,
     config: Config | None = None,
     command: str = "",
@@ -82,6 +85,7 @@ def compare(
         floor: a source whose error against the reference is the noise floor, where the reference is no
             PyTorch module that could be run in the candidate's precision.
         memory: bytes of an ONNX model's tensors to hold at a time.
+        engine: how TensorRT engines are run.
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
@@ -93,7 +97,7 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command
+        check_precision(precision) if precision else None, detail, replay, floor, memory, command, engine
     )
     tensors = _inputs(inputs, config)
     with _folder(keep) as folder, _quiet_collector():
@@ -111,13 +115,14 @@ def capture(
     detail: bool = False,
     reference: Capture | None = None,
     memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
     config: Config | None = None,
     progress: Progress = silent,
 ) -> Capture:
     """Runs `source` on `inputs` and records all its sites in the folder `path`.
 
     Args:
-        source, inputs, detail, memory, config, progress: as for `compare`.
+        source, inputs, detail, memory, engine, config, progress: as for `compare`.
         path: folder to make; an existing capture there is replaced when the new one is complete.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
 
@@ -126,7 +131,7 @@ def capture(
     """
     config = load_config() if config is None else config
     tensors = _inputs(inputs, config)
-    probe = open_source(source, config, reference=reference, memory=memory)
+    probe = open_source(source, config, reference=reference, memory=memory, engine=engine)
     return record(probe, tensors, Path(path), detail=detail, progress=progress)
 
 
@@ -199,7 +204,13 @@ class _Job:
         probe = open_source(ref, self.config)
         pytorch = _as_pytorch(probe)
         self.reference = self._record(probe, "reference", **({"record": True} if pytorch else {}))
-        candidate_probe = open_source(cand, self.config, reference=self.reference, memory=self.options.memory)
+        candidate_probe = open_source(
+            cand,
+            self.config,
+            reference=self.reference,
+            memory=self.options.memory,
+            engine=self.options.engine,
+        )
         self.candidate = self._record(candidate_probe, "candidate")
         settings = self.config.sources.get(str(cand)) if isinstance(cand, str | Path) else None
         self.alignment: Alignment = align(
@@ -375,6 +386,7 @@ class _Job:
             sites=sites,
             unmatched=self.alignment.unmatched,
             notes=tuple(dict.fromkeys((*ref.notes, *cand.notes, *self.notes))),
+            contract=cand.details.get("contract") or {},
             environment=self._environment(),
             command=self.options.command,
         )
@@ -440,7 +452,11 @@ class _Job:
             "inputs_digest": self.reference.inputs_digest,
             "inputs": {name: f"{t.dtype}{list(t.shape)}" for name, t in self.inputs.items()},
             "reference": {"model_digest": ref.model_digest, "versions": dict(ref.versions), **ref.details},
-            "candidate": {"model_digest": cand.model_digest, "versions": dict(cand.versions), **cand.details},
+            "candidate": {
+                "model_digest": cand.model_digest,
+                "versions": dict(cand.versions),
+                **{name: fact for name, fact in cand.details.items() if name != "contract"},
+            },
             "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from divergence.errors import ConfigurationError, SourceError
 from divergence.probes import Progress, silent
-from divergence.probes.onnx import OnnxProbe
+from divergence.probes.onnx.probe import OnnxProbe
 from divergence.probes.onnx.facts import digest, precision
 from divergence.probes.onnx.nodes import describe_nodes, nodes_to_json
 from divergence.probes.tensorrt.plan import digest_of

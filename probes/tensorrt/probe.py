@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -16,6 +15,7 @@ from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.nodes import nodes_from_json
 from divergence.probes.tensorrt.contract import Contract, make_contract
 from divergence.probes.tensorrt.inspector import parse_inspector
+from divergence.probes.tensorrt.options import EngineOptions
 from divergence.probes.tensorrt.outputs import sites_of
 from divergence.probes.tensorrt.plan import PlanHeader, read_header
 from divergence.probes.tensorrt.process import Worker
@@ -42,28 +42,6 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Frees what it holds."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How engines are run.
-
-    Attributes:
-        host: `torch`, `pycuda`, `FILE.py:CLASS` (a class derived from one of `hosts`), or `both`: the
-            first two, compared bit by bit.
-        context: CUDA context of the pycuda host: `primary`, or `own`.
-        plugins: libraries to load first.
-        profile: optimization profile to run in.
-        runs: number of runs, at least two, which are compared bit by bit.
-        hazards: look for what the host forgets to wait for; always done where `host` is not `torch`.
-    """
-
-    host: str = "torch"
-    context: str = "primary"
-    plugins: tuple[str, ...] = ()
-    profile: int = 0
-    runs: int = 2
-    hazards: bool = False
 
 
 class TensorRTProbe:
