@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
 from divergence.comparison import compare_tensors
 from divergence.errors import SourceError
@@ -17,9 +18,9 @@ from divergence.probes.tensorrt.contract import Contract, make_contract
 from divergence.probes.tensorrt.inspector import parse_inspector
 from divergence.probes.tensorrt.options import EngineOptions
 from divergence.probes.tensorrt.outputs import sites_of
-from divergence.probes.tensorrt.plan import PlanHeader, read_header
+from divergence.probes.tensorrt.plan import PlanHeader, digest_of, read_header
 from divergence.probes.tensorrt.process import Worker
-from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar
+from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar, plain_of, verify
 from divergence.sites import DETAIL_TENSORS
 
 if TYPE_CHECKING:
@@ -40,9 +41,6 @@ class Runner(Protocol):
     ) -> dict[str, Any]:
         """See `Worker.call`."""
 
-    def close(self) -> None:
-        """Frees what it holds."""
-
 
 class TensorRTProbe:
     """Runs an engine in a worker process and hands over the tensors at its sites.
@@ -50,7 +48,8 @@ class TensorRTProbe:
     Args:
         path: the plan. A sidecar beside it (`divergence build`) says which tensors are sites.
         options: how to run it.
-        reference: capture of the reference, which names the stack that output names leave open.
+        reference: capture of the reference, which names the stack that output names leave open; may be
+            set later.
         sites: name of a tensor of the engine by site.
         runner: what runs jobs instead of a worker of its own, for tests.
 
@@ -73,21 +72,26 @@ class TensorRTProbe:
         self.options = options or EngineOptions()
         self.header: PlanHeader = read_header(self.path)
         self.sidecar: Sidecar | None = load_sidecar(self.path)
-        self._stacks = reference.facts.stacks if reference else ()
+        self.reference = reference
         self._overrides = sites or {}
-        self._runner = runner
+        self._given = runner
+        self._worker: Worker | None = None
+        self._verified: Future[None] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def start(self) -> None:
+        """Gets ready while other work is done: the worker loads its libraries, the plan is verified."""
+        if self._given is None and self._worker is None:
+            self._worker = Worker()
+        if self.sidecar is not None and self._verified is None:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
+            self._verified = pool.submit(verify, self.path, self.sidecar)
+            pool.shutdown(wait=False)
 
     def close(self) -> None:
         """Ends the worker."""
-        if self._runner is not None:
-            self._runner.close()
-            self._runner = None
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
 
     def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:  # noqa: ARG002 - an engine says it without a run
         """The sites of the engine, and its contract.
@@ -96,6 +100,7 @@ class TensorRTProbe:
             SourceError: the engine cannot be loaded here.
         """
         facts = self._call(DESCRIBE, {})
+        self.close()
         tensors = {io["name"]: io for io in facts["io"]}
         outputs = [name for name, io in tensors.items() if not io["input"]]
         debug = [o.name for o in self.sidecar.outputs] if self._looks_at_debug else []
@@ -148,13 +153,14 @@ class TensorRTProbe:
                 sink(Observation(item.site, own, item.axes_of(own), item.how))
             hazard = _hazard(runs)
             observer = self._observe(folder, hosts[0], tensors, progress)
+            self.close()
         contract = self._contract(facts["inspector"])
         stacks = tuple(dict.fromkeys(f.site.stack for f in found if f.site.layer is not None))
         notes = [*self._notes(facts), *_remarks(hazard, observer), *self._advice(found)]
         return RunFacts(
             kind=self.kind,
             source=str(self.path),
-            model_digest=self.sidecar.plan_digest if self.sidecar else "",
+            model_digest=self.sidecar.plan_digest if self.sidecar else digest_of(self.path),
             precision=self._precision(contract),
             stacks=stacks or ("",),
             versions={"tensorrt": facts["machine"]["tensorrt"]},
@@ -171,8 +177,11 @@ class TensorRTProbe:
         )
 
     def _call(self, job: str, request: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
-        if self._runner is None:
-            self._runner = Worker()
+        self.start()
+        if self._verified is not None:
+            self._verified.result()
+        runner = self._given or self._worker
+        assert runner is not None
         whole = {
             "plan": str(self.path),
             "version": ".".join(map(str, self.header.version)),
@@ -181,9 +190,9 @@ class TensorRTProbe:
             **request,
         }
         try:
-            return self._runner.call(job, whole, about=str(self.path), progress=progress)
+            return runner.call(job, whole, about=str(self.path), progress=progress)
         except SourceError:
-            self.close()  # a worker that died or whose CUDA context is broken serves nobody
+            self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
             raise
 
     def _run(
@@ -212,7 +221,8 @@ class TensorRTProbe:
         return self.sidecar is not None and self.sidecar.look == "debug"
 
     def _sites(self, tensors: list[str]) -> list[Found]:
-        return sites_of(tensors, self.sidecar, self._overrides, str(self.path), self._stacks)
+        stacks = self.reference.facts.stacks if self.reference else ()
+        return sites_of(tensors, self.sidecar, self._overrides, str(self.path), stacks)
 
     def _contract(self, text: str) -> Contract | None:
         try:
@@ -251,9 +261,9 @@ class TensorRTProbe:
         self, folder: Path, host: str, seen: Mapping[str, torch.Tensor], progress: Progress
     ) -> dict[str, Any] | None:
         """The final outputs of the engine without added outputs against those of this one."""
-        if self.sidecar is None or self.sidecar.plain is None:
+        plain = plain_of(self.path, self.sidecar) if self.sidecar else None
+        if self.sidecar is None or plain is None:
             return None
-        plain = self.path.with_name(self.sidecar.plain)
         facts, tensors = self._run(folder, host, plain, progress)
         outputs = {}
         for name in self.sidecar.own_outputs:

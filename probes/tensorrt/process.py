@@ -68,7 +68,13 @@ class Worker:
         self._log.close()
 
     def call(
-        self, job: str, request: Mapping[str, Any], *, about: str, progress: Progress = silent
+        self,
+        job: str,
+        request: Mapping[str, Any],
+        *,
+        about: str,
+        progress: Progress = silent,
+        needs_device: bool = True,
     ) -> dict[str, Any]:
         """Runs a job and returns its result.
 
@@ -77,14 +83,16 @@ class Worker:
             request: JSON values.
             about: what the job is about (a file), which error messages begin with.
             progress: told about long work.
+            needs_device: refuse, before anything is imported, where there is no CUDA device.
 
         Raises:
             DivergenceError: the one that the job raised.
             SourceError: the process died; the message ends with the last lines of its log.
         """
         assert self._process.stdin is not None
+        message = {"job": job, "request": dict(request), "needs_device": needs_device}
         try:
-            self._process.stdin.write(json.dumps({"job": job, "request": dict(request)}) + "\n")
+            self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
             raise self._died(about) from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,10 +92,10 @@ def beside(plan: Path) -> Path:
 
 
 def load_sidecar(plan: Path) -> Sidecar | None:
-    """The sidecar of `plan`, or None where it has none.
+    """The sidecar of `plan`, or None where it has none; `verify` says whether it still fits.
 
     Raises:
-        SourceError: it cannot be read, is of another schema, or the plan has changed since.
+        SourceError: it cannot be read, or is of another schema.
     """
     path = beside(plan)
     if not path.exists():
@@ -111,19 +111,29 @@ def load_sidecar(plan: Path) -> Sidecar | None:
             Output(**{**output, "axes": tuple(output["axes"])}) for output in content.pop("outputs")
         )
         tuples = {name: tuple(content.pop(name)) for name in ("own_outputs", "nodes", "warnings")}
-        sidecar = Sidecar(outputs=outputs, **tuples, **content)
+        return Sidecar(outputs=outputs, **tuples, **content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path}: not a sidecar of divergence build ({one_line(error)}); build the engine again"
         ) from error
-    _check_digest(plan, sidecar.plan_digest, path)
-    if sidecar.plain is not None:
-        plain = plan.with_name(sidecar.plain)
-        if plain.exists():
-            _check_digest(plain, sidecar.plain_digest or "", path)
-        else:
-            sidecar = replace(sidecar, plain=None)
-    return sidecar
+
+
+def plain_of(plan: Path, sidecar: Sidecar) -> Path | None:
+    """The engine without added outputs, if there is one."""
+    path = plan.with_name(sidecar.plain) if sidecar.plain else None
+    return path if path is not None and path.exists() else None
+
+
+def verify(plan: Path, sidecar: Sidecar) -> None:
+    """Checks that the plans are those that the sidecar describes.
+
+    Raises:
+        SourceError: one is not.
+    """
+    _check_digest(plan, sidecar.plan_digest, beside(plan))
+    plain = plain_of(plan, sidecar)
+    if plain is not None:
+        _check_digest(plain, sidecar.plain_digest or "", beside(plan))
 
 
 def _check_digest(plan: Path, expected: str, path: Path) -> None:

@@ -30,7 +30,7 @@ def main(preload: list[str]) -> int:
                 importlib.import_module(module)
     for line in sys.stdin:
         message = json.loads(line)
-        _serve(message["job"], message["request"], answers, absent)
+        _serve(message["job"], message["request"], answers, absent if message["needs_device"] else "")
     return 0
 
 
@@ -43,10 +43,9 @@ def _serve(job: str, request: dict[str, Any], answers: TextIO, absent: str) -> N
         answer(progress=[label, done, total])
 
     try:
-        function = _job(job)
-        if absent and getattr(function, "needs_device", True):
+        if absent:
             raise SourceError(absent)
-        answer(result=function(request, progress))
+        answer(result=_job(job)(request, progress))
     except DivergenceError as error:
         answer(error=type(error).__name__, message=str(error))
     except Exception as error:
