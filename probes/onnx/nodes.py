@@ -32,8 +32,8 @@ class NodeInfo:
         layer: index of the layer that it lies in, or None.
         dtype: element type of its first output, as torch calls it (`float32`); empty if unknown.
         computed_in: floating type that a Cast before it explicitly asks for; empty where there is
-            none. A Cast asks for its own target, and so does what follows it, as far as the role
-            does not change: a sine of positions cast to float32 asks for float32.
+            none. A Cast asks for its own target, and so does what follows it within the same role
+            and module: a sine of positions cast to float32 asks for float32.
         constant: whether it depends on no input but their shapes: an engine for fixed shapes
             computes it when it is built.
     """
@@ -129,8 +129,10 @@ def _explicit(graph: Graph, roles: Sequence[str]) -> list[str]:
         found = ""
         for name in node.input:
             at = graph.producer(name) if name else None
-            follows = at is not None and (graph.nodes[at].op_type == "Cast" or roles[at] == roles[index])
-            if at is not None and follows and asked[at] and asked[at] == own:
+            if at is None or not own or asked[at] != own:
+                continue
+            same = (roles[at], graph.scopes[at]) == (roles[index], graph.scopes[index])
+            if same or graph.nodes[at].op_type == "Cast":
                 found = own
         asked.append(found)
     return asked

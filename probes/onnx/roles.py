@@ -41,7 +41,7 @@ _IN_MLP = re.compile(r"(^|[._])(mlp|ffn|ff|feed_?forward|fc_?\d|experts?|gate_pr
                      r"c_fc|wi|wi_\d|wo|intermediate|dense_h_to_4h|dense_4h_to_h)([._]|\d|$)", re.IGNORECASE)  # fmt: skip
 _IN_ATTENTION = re.compile(r"attn|attention|[qkvo]_proj|c_attn|query_key_value", re.IGNORECASE)
 _NORM_MODULE = re.compile(r"norm|(^|_)ln(_|\d|$)", re.IGNORECASE)
-_ACT_MODULE = re.compile(r"^(act|act_fn|activation|activation_fn|gelu|silu|relu|nonlinearity)\d*$", re.IGNORECASE)
+_ACT_MODULE = re.compile(r"(^|_)(act|act_fn|activation|activation_fn|gelu|silu|relu|nonlinearity)\d*$", re.IGNORECASE)
 _ROTARY_MODULE = re.compile(r"rotary|rope", re.IGNORECASE)
 _EMBEDDING_MODULE = re.compile(r"embed|^w[tp]e$", re.IGNORECASE)
 _FAR = 12
@@ -286,7 +286,7 @@ class _Roles:
             self._give(index, role)
             for at in self._readers(index):
                 node = self.graph.nodes[at]
-                if node.op_type == "Add" and any(n in self.graph.initializers for n in node.input):
+                if node.op_type == "Add" and self._has_bias(at):
                     self._give(at, role)
 
     def _is_pointwise(self, index: int) -> bool:
@@ -298,10 +298,9 @@ class _Roles:
         below = self._reach(active, self._readers, lambda at: at in region)
         for at in sorted(region):
             node = self.graph.nodes[at]
-            ends = [self._ends(name, region) for name in node.input if name]
-            joins = node.op_type == "Mul" and len({frozenset(e) for e in ends if e}) > 1
-            bias = node.op_type == "Add" and any(n in self.graph.initializers and not self._scalar(n) for n in node.input)
-            if joins or bias:
+            ends = [self._ends(name, region) for name in node.input if name and not self._constant(name)]
+            joins = node.op_type == "Mul" and len({frozenset(e) for e in ends}) > 1
+            if joins or (node.op_type == "Add" and self._has_bias(at)):
                 self._give(at, "mlp")
             elif at in active or (at in above | below and node.op_type not in MOVEMENT and products):
                 self._give(at, "activation")
@@ -324,6 +323,9 @@ class _Roles:
             todo.extend(fresh)
         return ends
 
+    def _has_bias(self, index: int) -> bool:
+        return any(self._constant(n) and not self._scalar(n) for n in self.graph.nodes[index].input)
+
     def _inner(self, index: int) -> str:
         return ".".join((self.graph.scopes[index] or "").split(".")[-2:])
 
@@ -338,7 +340,9 @@ class _Roles:
             if table and self.graph.is_float(node.input[0]) and self.graph.rank(node.input[0]) == 2:
                 self._give(index, "embedding")
         for index in range(len(self.roles)):
-            made = [self.roles[at] for at in self._sources(index) if self._op(at) != "Constant"]
+            direct = self._sources(index)
+            found = [at for i in direct for at in (self._sources(i) if self._op(i) == "Cast" else [i])]
+            made = [self.roles[at] for at in found if self._op(at) != "Constant"]
             if self._op(index) in ("Add", "Mul") and made and set(made) == {"embedding"}:
                 self._give(index, "embedding")
 
