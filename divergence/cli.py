@@ -225,7 +225,7 @@ def capture(
 @_engine
 def inspect(
     source: str, inputs: str | None, detail: bool, memory: int, config_file: Path | None, **engine: Any
-) -> int:  # noqa: ARG001 - shares the options of capture
+) -> int:
     """Show what sites SRC has, how they were found, and the precision of each operator."""
     config = _config(config_file)
     from divergence.inputs import load_inputs
@@ -240,7 +240,9 @@ def inspect(
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="PLAN", help="Engine to write.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="PLAN", help="Engine to write."
+)
 @click.option(
     "--precision",
     default="fp32",
@@ -262,16 +264,22 @@ def inspect(
     show_default=True,
     help="How sites are made visible: as outputs, as debug tensors (which spare fusions), or not.",
 )
-@click.option("--plain/--no-plain", default=True, show_default=True, help="Also the engine without added outputs.")
+@click.option(
+    "--plain/--no-plain", default=True, show_default=True, help="Also the engine without added outputs."
+)
 @click.option("--detail", is_flag=True, help="Also query, attention, norms and MLP of every layer.")
-@click.option("--shape", multiple=True, metavar="NAME=MIN,OPT,MAX", help="Shapes of an open input: x=1x1,1x128,1x512.")
+@click.option(
+    "--shape", multiple=True, metavar="NAME=MIN,OPT,MAX", help="Shapes of an open input: x=1x1,1x128,1x512."
+)
 @click.option("--level", type=int, metavar="N", help="Builder optimization level, 0 to 5.")
 @click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Memory that tactics may use.")
 @click.option("--timing-cache", type=click.Path(), metavar="FILE", help="Measured tactics, read and written.")
 @click.option("--version-compatible", is_flag=True, help="Runs on later minor versions of TensorRT too.")
 @click.option("--plugin", multiple=True, metavar="LIB", help="Plugin library to load first; several times.")
-@click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Configuration.")
-def build(  # noqa: PLR0914 - one argument an option
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Configuration."
+)
+def build(
     model: Path,
     out: Path,
     precision: str,

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from divergence.comparison.metrics import Metrics
-    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.probes.pytorch import PyTorchProbe
+    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.sites import Site
 
 Inputs = Mapping[str, "torch.Tensor"]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from divergence.errors import ConfigurationError, SourceError
 from divergence.probes import Progress, silent
-from divergence.probes.onnx.probe import OnnxProbe
 from divergence.probes.onnx.facts import digest, precision
 from divergence.probes.onnx.nodes import describe_nodes, nodes_to_json
+from divergence.probes.onnx.probe import OnnxProbe
 from divergence.probes.tensorrt.plan import digest_of
 from divergence.probes.tensorrt.process import Worker
 from divergence.probes.tensorrt.sidecar import Output, Sidecar
@@ -94,7 +94,9 @@ def build_engine(
         _check_quantised(graph, options.precision, model)
         visible = found if options.look != "none" else ()
         request = _request(model, out, options, graph, visible, inputs)
-        result = worker.call("divergence.probes.tensorrt.builder:build", request, about=str(model), progress=progress)
+        result = worker.call(
+            "divergence.probes.tensorrt.builder:build", request, about=str(model), progress=progress
+        )
     lost = set(result["lost"])
     plain = Path(request["plain"]) if request["plain"] else None
     sidecar = Sidecar(
@@ -119,7 +121,10 @@ def build_engine(
         nodes=tuple(nodes_to_json(describe_nodes(graph))),
         warnings=(
             *notes,
-            *(f"Value {name} is no tensor of TensorRT's network: its site is not visible." for name in result["lost"]),
+            *(
+                f"Value {name} is no tensor of TensorRT's network: its site is not visible."
+                for name in result["lost"]
+            ),
             *result["warnings"],
         ),
         seconds=sum(result["seconds"].values()),
@@ -154,7 +159,9 @@ def parse_shapes(given: Sequence[str]) -> dict[str, list[tuple[Shape, Shape, Sha
 
 def _check(out: Path, options: BuildOptions) -> None:
     if out.suffix not in SUFFIXES:
-        raise ConfigurationError(f"--out {out}: name the engine *{', *'.join(SUFFIXES)}, so that it is known as one")
+        raise ConfigurationError(
+            f"--out {out}: name the engine *{', *'.join(SUFFIXES)}, so that it is known as one"
+        )
     if options.precision not in PRECISIONS:
         raise ConfigurationError(
             f"--precision {options.precision}: engines are built in one of {', '.join(PRECISIONS)}"
@@ -218,5 +225,3 @@ def _request(
         "profiles": profiles,
         "plugins": list(options.plugins),
     }
-
-

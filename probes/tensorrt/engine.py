@@ -211,7 +211,9 @@ def _host(request: Mapping[str, Any]) -> Callable[[Callable[[], trt.ICudaEngine]
     spec.loader.exec_module(module)
     kind = getattr(module, attribute, None)
     if not (isinstance(kind, type) and issubclass(kind, Host)):
-        raise SourceError(f"--host {name}: {attribute} is no class derived from Host; derive it from TorchHost")
+        raise SourceError(
+            f"--host {name}: {attribute} is no class derived from Host; derive it from TorchHost"
+        )
     return kind
 
 
@@ -285,7 +287,9 @@ def _bind(
 def _dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:
     found = DTYPES.get(engine.get_tensor_dtype(name))
     if found is None:
-        raise SourceError(f"tensor '{name}' is {engine.get_tensor_dtype(name)}, which cannot be exchanged here")
+        raise SourceError(
+            f"tensor '{name}' is {engine.get_tensor_dtype(name)}, which cannot be exchanged here"
+        )
     return found
 
 
@@ -309,7 +313,12 @@ def _fitting(path: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def _set_shape(
-    engine: trt.ICudaEngine, context: trt.IExecutionContext, path: str, name: str, tensor: torch.Tensor, profile: int
+    engine: trt.ICudaEngine,
+    context: trt.IExecutionContext,
+    path: str,
+    name: str,
+    tensor: torch.Tensor,
+    profile: int,
 ) -> None:
     declared, shape = tuple(engine.get_tensor_shape(name)), tuple(tensor.shape)
     told = f"{path}: input '{name}' has shape {list(shape)}, the engine takes {list(declared)}"

@@ -47,7 +47,9 @@ class Hazard:
         return asdict(self)
 
 
-def cycle(host: Host, byte: int, *, settled: bool = False, late: Stage | None = None) -> dict[str, torch.Tensor]:
+def cycle(
+    host: Host, byte: int, *, settled: bool = False, late: Stage | None = None
+) -> dict[str, torch.Tensor]:
     """One run on poisoned buffers; returns the outputs as the host reads them.
 
     Args:
@@ -119,7 +121,9 @@ def unwritten(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tens
         if not tensor.numel():
             continue
         width = tensor.dtype.itemsize
-        a, b = (t.contiguous().reshape(-1).view(torch.uint8).reshape(-1, width) for t in (tensor, second[name]))
+        a, b = (
+            t.contiguous().reshape(-1).view(torch.uint8).reshape(-1, width) for t in (tensor, second[name])
+        )
         count = int(((a == NAN_BYTE).all(1) & (b == OTHER_BYTE).all(1)).sum())
         if count:
             found[name] = count

@@ -304,7 +304,9 @@ class DebugTensors(trt.IDebugListener):  # type: ignore[misc]  # ships no types
         source = ctypes.c_void_p(self._pointer(addr, None))
         self._driver.cuStreamSynchronize(ctypes.c_void_p(stream))
         if location == trt.TensorLocation.DEVICE:
-            self._driver.cuMemcpyDtoH_v2(ctypes.c_void_p(raw.data_ptr()), source, ctypes.c_size_t(slot.nbytes))
+            self._driver.cuMemcpyDtoH_v2(
+                ctypes.c_void_p(raw.data_ptr()), source, ctypes.c_size_t(slot.nbytes)
+            )
         else:
             ctypes.memmove(raw.data_ptr(), source.value or 0, slot.nbytes)
         self.tensors[name] = raw.view(dtype).reshape(slot.shape)

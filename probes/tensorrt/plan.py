@@ -41,7 +41,9 @@ def read_header(path: Path) -> PlanHeader:
         with path.open("rb") as file:
             head = file.read(_HEADER)
     except FileNotFoundError:
-        raise SourceError(f"{path}: no such file; build it (divergence build model.onnx --out {path})") from None
+        raise SourceError(
+            f"{path}: no such file; build it (divergence build model.onnx --out {path})"
+        ) from None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read ({error.strerror})") from error
     if len(head) < _HEADER or not head.startswith(MAGIC):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from divergence.comparison import compare_tensors
 from divergence.errors import SourceError
+from divergence.precision import UNIT_ROUNDOFF
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.nodes import nodes_from_json
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 RUN = "divergence.probes.tensorrt.engine:run"
 DESCRIBE = "divergence.probes.tensorrt.engine:describe"
 BOTH = ("torch", "pycuda")
+
+# The inspector's words for types.
+_WORDS = {"Float": "fp32", "TF32": "tf32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
 
 
 class Runner(Protocol):
@@ -110,9 +114,7 @@ class TensorRTProbe:
             str(self.path),
             self.kind,
             self._precision(contract),
-            tuple(
-                SiteInfo(f.site, f.how, *_typed(tensors.get(f.value))) for f in found
-            ),
+            tuple(SiteInfo(f.site, f.how, *_typed(tensors.get(f.value))) for f in found),
             {name: f"{io['dtype']}{io['shape']}" for name, io in tensors.items() if io["input"]},
             tuple(self._notes(facts)),
             contract=contract.to_json() if contract else {},
@@ -226,7 +228,7 @@ class TensorRTProbe:
 
     def _contract(self, text: str) -> Contract | None:
         try:
-            layers = parse_inspector(text, str(self.path)).layers
+            layers = parse_inspector(text, str(self.path))
         except SourceError:
             return None
         nodes = nodes_from_json(list(self.sidecar.nodes)) if self.sidecar else ()
@@ -236,25 +238,33 @@ class TensorRTProbe:
     def _precision(self, contract: Contract | None) -> str | None:
         if self.sidecar is not None:
             return self.sidecar.precision
-        return contract.precision if contract else None
+        return _products_run_in(contract) if contract else None
 
     def _notes(self, facts: Mapping[str, Any]) -> list[str]:
         notes = list(facts.get("notes", ()))
         if self.sidecar is not None:
             notes.extend(w for w in self.sidecar.warnings if w.startswith("Value "))
         for name, count in facts.get("unwritten", {}).items():
-            notes.append(f"The engine never wrote {count} elements of its tensor {name}: they still hold the poison.")
+            notes.append(
+                f"The engine never wrote {count} elements of its tensor {name}: they still hold the poison."
+            )
         for name, count in facts.get("varying", {}).items():
             notes.append(f"{count} elements of {name} changed from run to run: the engine is not repeatable.")
         return notes
 
     def _advice(self, found: list[Found]) -> list[str]:
         layered = {f.site.tensor for f in found if f.site.layer is not None}
-        build = "build it with `divergence build model.onnx --out engine.plan`, which makes every site visible"
-        if not found or not layered and not any("key" in f.value.lower() for f in found):
-            return [f"The engine gives its final outputs only: they say that it is wrong, not where; {build}."]
+        build = (
+            "build it with `divergence build model.onnx --out engine.plan`, which makes every site visible"
+        )
+        if not found or (not layered and not any("key" in f.value.lower() for f in found)):
+            return [
+                f"The engine gives its final outputs only: they say that it is wrong, not where; {build}."
+            ]
         if "hidden" not in layered:
-            return [f"The engine gives no hidden states, so errors cannot be told from what layers inherit; {build}."]
+            return [
+                f"The engine gives no hidden states, so errors cannot be told from what layers inherit; {build}."
+            ]
         return []
 
     def _observe(
@@ -279,6 +289,13 @@ class TensorRTProbe:
             "outputs": outputs,
             "latency_ms": facts["latency_ms"],
         }
+
+
+def _products_run_in(contract: Contract) -> str | None:
+    """The coarsest precision in which products with weights ran, or None if none says it."""
+    words = {word for row in contract.rows if row.role in ("projection", "mlp") for word in row.precisions}
+    found = [_WORDS[word] for word in words if word in _WORDS]
+    return max(found, key=UNIT_ROUNDOFF.__getitem__, default=None)
 
 
 def _typed(io: Mapping[str, Any] | None) -> tuple[str, tuple[int | str, ...]]:
@@ -310,7 +327,9 @@ def _remarks(hazard: Mapping[str, Any], observer: Mapping[str, Any] | None) -> l
     if hazard["hazard"]:
         remarks.append(f"Stream hazard: {'; '.join(hazard['evidence'])}.")
     elif len(hazard["hosts"]) > 1:
-        remarks.append(f"Hosts {' and '.join(hazard['hosts'])} agree to the bit, and no stream hazard was found.")
+        remarks.append(
+            f"Hosts {' and '.join(hazard['hosts'])} agree to the bit, and no stream hazard was found."
+        )
     if observer is not None and observer["changed"]:
         worst = max((o["rel_l2"] or 0.0) for o in observer["outputs"].values())
         remarks.append(
@@ -320,5 +339,3 @@ def _remarks(hazard: Mapping[str, Any], observer: Mapping[str, Any] | None) -> l
     elif observer is not None:
         remarks.append("Looking changed nothing: the final outputs equal the plain engine's to the bit.")
     return remarks
-
-

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from divergence.demo import inputs, write_bundled
 from divergence.probes.tensorrt.build import BuildOptions, build_engine
+from divergence.probes.tensorrt.sidecar import beside
 
 INPUTS = inputs()
 
@@ -27,7 +28,9 @@ def onnx(fault: str = "clean") -> Path:
 
 
 @functools.cache
-def engine(precision: str = "fp32", look: str = "outputs", fault: str = "clean", *, plain: bool = True) -> Path:
+def engine(
+    precision: str = "fp32", look: str = "outputs", fault: str = "clean", *, plain: bool = True
+) -> Path:
     """An engine of the bundled model."""
     out = folder() / f"{fault}-{precision}-{look}.plan"
     options = BuildOptions(precision=precision, look=look, plain=plain)  # type: ignore[arg-type] # a literal
@@ -41,5 +44,3 @@ def alone(plan: Path, name: str) -> Path:
     copy.write_bytes(plan.read_bytes())
     assert not beside(copy).exists()
     return copy
-
-

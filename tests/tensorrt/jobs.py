@@ -34,4 +34,3 @@ def abort(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     del request, progress
     print("terminate called without an active exception", file=sys.stderr, flush=True)
     os.abort()
-

@@ -37,7 +37,9 @@ def run(plan: Path, **options: object) -> tuple[dict[str, torch.Tensor], object]
 def test_an_fp32_engine_without_tf32_passes() -> None:
     result = compare(load(), str(engine("fp32")), INPUTS, config=Config())
     assert result.verdict == "pass", result.reason
-    assert {f"layers.{n}.{t}" for n in range(6) for t in ("key", "value", "hidden")} <= {s.site for s in result.sites}
+    assert {f"layers.{n}.{t}" for n in range(6) for t in ("key", "value", "hidden")} <= {
+        s.site for s in result.sites
+    }
     assert result.policy.precision == "fp32"
     assert result.contract
 
@@ -102,7 +104,9 @@ def test_a_broken_host_is_caught(host: str) -> None:
     caught = 0
     with Worker() as worker:
         for _ in range(10):
-            probe = TensorRTProbe(engine("fp32"), options=EngineOptions(host=f"{BROKEN}:{host}"), runner=worker)
+            probe = TensorRTProbe(
+                engine("fp32"), options=EngineOptions(host=f"{BROKEN}:{host}"), runner=worker
+            )
             facts = probe.run(INPUTS, lambda _: None)
             caught += facts.details["stream_hazard"]["hazard"]
     assert caught >= 9
@@ -113,7 +117,11 @@ def test_damaged_plans_are_errors_and_harm_nobody() -> None:
     content = whole.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 0xFF
-    cases = {"cut.plan": content[: len(content) // 2], "text.plan": b"not an engine\n" * 99, "empty.plan": b""}
+    cases = {
+        "cut.plan": content[: len(content) // 2],
+        "text.plan": b"not an engine\n" * 99,
+        "empty.plan": b"",
+    }
     for name, data in cases.items():
         path = folder() / name
         path.write_bytes(data)
@@ -130,7 +138,10 @@ def test_the_command_line_ends_with_status_2_on_a_cut_plan(tmp_path: Path) -> No
     path = tmp_path / "cut.plan"
     path.write_bytes(engine("fp32", "none").read_bytes()[:-5000])
     done = subprocess.run(
-        [sys.executable, "-m", "divergence.cli", "inspect", str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "divergence.cli", "inspect", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {path}: ")
@@ -159,7 +170,9 @@ def test_a_missing_plugin_library_is_named() -> None:
 
 def test_the_sidecar_and_the_timing_cache(tmp_path: Path) -> None:
     out, cache = tmp_path / "a.plan", tmp_path / "timing.cache"
-    options = BuildOptions(precision="fp16", level=1, timing_cache=str(cache), plain=False, version_compatible=True)
+    options = BuildOptions(
+        precision="fp16", level=1, timing_cache=str(cache), plain=False, version_compatible=True
+    )
     sidecar = build_engine(onnx(), out, options, inputs=INPUTS)
     assert cache.stat().st_size > 0
     assert load_sidecar(out) == sidecar

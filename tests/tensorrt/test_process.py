@@ -15,7 +15,9 @@ def worker() -> Worker:
 def test_a_job_gets_its_request_and_reports_progress(worker: Worker) -> None:
     seen = []
     request = {"a": [1, 2.5, "ü"], "b": None}
-    result = worker.call("tests.tensorrt.jobs:echo", request, about="x", needs_device=False, progress=lambda *p: seen.append(p))
+    result = worker.call(
+        "tests.tensorrt.jobs:echo", request, about="x", needs_device=False, progress=lambda *p: seen.append(p)
+    )
     assert result == request
     assert seen == [("echoing", 1, 2)]
     assert "a library prints this" in worker.log()
@@ -23,13 +25,17 @@ def test_a_job_gets_its_request_and_reports_progress(worker: Worker) -> None:
 
 def test_our_errors_come_back_as_themselves(worker: Worker) -> None:
     with pytest.raises(InputError, match="^input 'x' is missing$"):
-        worker.call("tests.tensorrt.jobs:refuse", {"message": "input 'x' is missing"}, about="x", needs_device=False)
+        worker.call(
+            "tests.tensorrt.jobs:refuse", {"message": "input 'x' is missing"}, about="x", needs_device=False
+        )
 
 
 def test_unforeseen_errors_name_the_job_and_leave_the_worker_alive(worker: Worker) -> None:
     with pytest.raises(SourceError, match="stumble failed: KeyError: 'absent'"):
         worker.call("tests.tensorrt.jobs:stumble", {}, about="x", needs_device=False)
-    assert worker.call("tests.tensorrt.jobs:echo", {"still": "here"}, about="x", needs_device=False) == {"still": "here"}
+    assert worker.call("tests.tensorrt.jobs:echo", {"still": "here"}, about="x", needs_device=False) == {
+        "still": "here"
+    }
 
 
 def test_an_abort_becomes_an_error_with_the_last_words() -> None:
