@@ -142,10 +142,9 @@ def _accusation(
     from_: str, site: SiteResult, share: Share, prior: SiteResult | None, before: Comparison | None, more: int
 ) -> str:
     what = "brings an error in at" if share == "brings" else "takes over the limit, from close to it,"
-    sentence = f"{what} {site.site}: {site.reason}"
-    if before is not None:
-        sentence += f"; {from_} {_there(prior)}"
-    return sentence + (f"; so do {more} more site{'s' if more > 1 else ''}" if more else "")
+    others = f" (and at {more} more site{'s' if more > 1 else ''})" if more else ""
+    sentence = f"{what} {site.site}{others}: {site.reason}"
+    return sentence if before is None else f"{sentence}; {from_} {_there(prior)}"
 
 
 def _there(prior: SiteResult | None) -> str:

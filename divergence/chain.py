@@ -172,9 +172,8 @@ def _spanning(step: Step, skipped: Sequence[str]) -> Step:
     """`step`, saying so where candidates between its ends could not be compared."""
     if not skipped:
         return step
-    return replace(
-        step, sentence=f"{step.sentence} (with what {', '.join(skipped)} did: it is not known apart)"
-    )
+    names = ", ".join(skipped)
+    return replace(step, sentence=f"{step.sentence}; between the two, {names} could not be compared")
 
 
 def overall(links: Sequence[Link], steps: Sequence[Step]) -> tuple[Verdict, str]:
