@@ -19,7 +19,6 @@ from divergence.reports.terminal import STYLES, WORDS
 from divergence.result import Comparison, Policy, SiteResult
 from divergence.sites import LAYER_TENSORS
 
-_SITE = 24
 _LAYER = 7
 _MIN_BAR, _MAX_BAR = 10, 28
 _NAME, _FIRST = 22, 26
@@ -156,18 +155,19 @@ def _columns(
 ) -> None:
     """A row for every site, and in a column for every candidate error, ratio and mark; as many tables
     as it takes."""
-    fitting = max(1, (page.width - _SITE) // (GAP + CELL))
+    label = min(max(map(len, sites), default=0) + 3, page.width - GAP - CELL)
+    fitting = (page.width - label) // (GAP + CELL)
     names = list(columns)
     for start in range(0, len(names), fitting):
         part = names[start : start + fitting]
         if start:
             page.styled(Text(""))
-        header = Text("  " + "site".ljust(_SITE - 2), "bold")
+        header = Text("  " + "site".ljust(label - 2), "bold")
         for name in part:
             header.append(" " * GAP + set_cell_size(_cut(page, name, CELL).center(CELL), CELL), "bold")
         page.styled(header)
         for site in sites:
-            line = Text(set_cell_size("  " + _cut(page, site, _SITE - 3), _SITE))
+            line = Text(set_cell_size("  " + _cut(page, site, label - 3), label))
             for name in part:
                 _append(page, line, columns[name].get(site))
             page.styled(line)
