@@ -14,6 +14,7 @@ from divergence import __version__
 from divergence.errors import DivergenceError, one_line
 
 if TYPE_CHECKING:
+    from divergence.chain_result import Chain
     from divergence.config import Config, Tolerance
     from divergence.probes.tensorrt.options import EngineOptions
     from divergence.result import Comparison
@@ -117,7 +118,14 @@ def main() -> None:
 @click.option(
     "--ref", required=True, metavar="SRC", help="Reference: pytorch, pytorch:FILE.py:FUNC, a capture."
 )
-@click.option("--cand", required=True, metavar="SRC", help="Candidate: an .onnx file, a capture, pytorch:...")
+@click.option(
+    "--cand",
+    required=True,
+    multiple=True,
+    metavar="SRC",
+    help="Candidate: an .onnx file, a capture, pytorch:... Several make a chain: each is also compared "
+    "with the one before it.",
+)
 @_common
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for report.json.")
 @click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
@@ -131,10 +139,10 @@ def main() -> None:
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
 @_engine
-@click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
 def compare(
     ref: str,
-    cand: str,
+    cand: tuple[str, ...],
     inputs: str | None,
     detail: bool,
     memory: int,
@@ -148,31 +156,33 @@ def compare(
     keep_captures: bool,
     **engine: Any,
 ) -> int:
-    """Compare a candidate with a reference and give a verdict."""
+    """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
     if keep_captures and out is None:
         raise click.UsageError("--keep-captures needs --out DIR to keep them in")
     config = _config(config_file)
-    from divergence.pipeline import compare as run
+    from divergence.chain import compare_chain
+    from divergence.pipeline import compare as compare_pair
     from divergence.reports.progress import progress
 
+    options: dict[str, Any] = {
+        "precision": precision,
+        "tolerance": _tolerance(tolerance, config),
+        "exclude": exclude,
+        "detail": detail,
+        "replay": replay,
+        "floor": floor,
+        "memory": memory << 20,
+        "engine": _engine_options(engine),
+        "keep": out if keep_captures else None,
+        "config": config,
+        "command": _command(),
+    }
+    result: Comparison | Chain
     with progress(sys.stderr, sys.stderr.isatty()) as shown:
-        result = run(
-            ref,
-            cand,
-            inputs,
-            precision=precision,
-            tolerance=_tolerance(tolerance, config),
-            exclude=exclude,
-            detail=detail,
-            replay=replay,
-            floor=floor,
-            memory=memory << 20,
-            engine=_engine_options(engine),
-            keep=out if keep_captures else None,
-            config=config,
-            command=_command(),
-            progress=shown,
-        )
+        if len(cand) == 1:
+            result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
+        else:
+            result = compare_chain(ref, cand, inputs, **options, progress=shown)
     return _report(result, out)
 
 
@@ -224,7 +234,12 @@ def capture(
 @_common
 @_engine
 def inspect(
-    source: str, inputs: str | None, detail: bool, memory: int, config_file: Path | None, **engine: Any
+    source: str,
+    inputs: str | None,
+    detail: bool,  # noqa: ARG001 - shares the options of capture
+    memory: int,
+    config_file: Path | None,
+    **engine: Any,
 ) -> int:
     """Show what sites SRC has, how they were found, and the precision of each operator."""
     config = _config(config_file)
@@ -372,14 +387,19 @@ def _tolerance(given: tuple[str, ...], config: Config) -> Tolerance:
     return tolerance
 
 
-def _report(result: Comparison, out: Path | None) -> int:
+def _report(result: Comparison | Chain, out: Path | None) -> int:
+    from divergence.reports.chain import render_chain
     from divergence.reports.terminal import render
+    from divergence.result import Comparison
 
     if out is not None:
         result.save(out / "report.json")
     terminal = sys.stdout.isatty()
     width = click.get_current_context().terminal_width or 100
-    click.echo(render(result, width=width, color=terminal))
+    if isinstance(result, Comparison):
+        click.echo(render(result, width=width, color=terminal))
+    else:
+        click.echo(render_chain(result, width=width, color=terminal))
     if out is not None:
         click.echo(f"report: {out / 'report.json'}")
     return EXIT[result.verdict]

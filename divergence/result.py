@@ -200,7 +200,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """`report.json`: strict JSON (NaN and infinities become null; counts say how many)."""
-        return json.dumps(_plain(self), indent=1, allow_nan=False, sort_keys=False)
+        return json.dumps(as_plain(self), indent=1, allow_nan=False, sort_keys=False)
 
     def save(self, path: Path) -> None:
         """Writes `report.json` at `path`."""
@@ -221,24 +221,28 @@ class Comparison:
                 raise SourceError(
                     f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again"
                 )
-            return _read(cls, content)
+            if content.get("kind") == "chain":
+                raise SourceError(f"{where}: the report of a chain; read it with divergence.Chain.from_json")
+            return from_plain(cls, content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """`value` in JSON's own types: dataclasses as objects of their fields, NaN and infinities as null.
+    A field whose name is a word of Python's, and so ends in an underscore, is written without it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name.rstrip("_"): as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): as_plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [as_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-_NESTED = {
+NESTED: Mapping[str, type[Any]] = {
     "first_divergence": FirstDivergence,
     "policy": Policy,
     "sites": SiteResult,
@@ -248,17 +252,28 @@ _NESTED = {
 }
 
 
-def _read(kind: type[T], content: Mapping[str, Any]) -> T:
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def from_plain(kind: type[T], content: Mapping[str, Any], nested: Mapping[str, type[Any]] = NESTED) -> T:
+    """What `as_plain` wrote, as a `kind`; unknown keys are left out, as a later version may add some.
+
+    Args:
+        kind: a dataclass.
+        content: of a JSON object.
+        nested: dataclass by name of the field that holds one or several of it.
+
+    Raises:
+        TypeError: a field without a default is missing.
+    """
+    names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for name, value in content.items():
-        if name not in known:
+    for key, value in content.items():
+        name = names.get(key)
+        if name is None:
             continue
-        nested = _NESTED.get(name)
-        if nested is not None and isinstance(value, list):
-            values[name] = tuple(_read(nested, item) for item in value)
-        elif nested is not None and isinstance(value, Mapping) and kind is not Policy:
-            values[name] = _read(nested, value)
+        inner = nested.get(name)
+        if inner is not None and isinstance(value, list):
+            values[name] = tuple(from_plain(inner, item, nested) for item in value)
+        elif inner is not None and isinstance(value, Mapping) and kind is not Policy:
+            values[name] = from_plain(inner, value, nested)
         elif isinstance(value, list):
             values[name] = tuple(value)
         else:

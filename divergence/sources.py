@@ -61,6 +61,13 @@ def open_source(
     )
 
 
+def is_engine(source: str | Path, config: Config) -> bool:
+    """Whether `source` names a TensorRT engine."""
+    settings = config.sources.get(str(source))
+    path = Path(settings.path) if settings and settings.path else Path(source)
+    return path.suffix in ENGINE_SUFFIXES and not (settings and settings.model)
+
+
 def _from_text(name: str, config: Config) -> SourceConfig:
     if name.startswith("pytorch:"):
         return SourceConfig(model=name.removeprefix("pytorch:"))

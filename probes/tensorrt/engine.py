@@ -104,6 +104,22 @@ def deserialize(logger: Logger, request: Mapping[str, Any]) -> trt.ICudaEngine:
     return engine
 
 
+_loaded: dict[str, tuple[Logger, trt.ICudaEngine, float]] = {}
+"""Engines that `load` has got ready, by plan."""
+
+
+def load(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Loads an engine into the primary context and keeps it for the next `run` or `describe` of it."""
+    del progress
+    logger = Logger()
+    load_plugins(logger, request.get("plugins", []))
+    torch.cuda.init()
+    started = time.monotonic()
+    engine = deserialize(logger, request)
+    _loaded[request["plan"]] = (logger, engine, time.monotonic() - started)
+    return {}
+
+
 def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Runs an engine and writes its outputs.
 
@@ -117,12 +133,17 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         Facts: `machine`, `io`, `notes`, `latency_ms`, `runs`, `varying` and `unwritten` (element
         counts by output), `hazards` (or None), `inspector` (text), `warnings`, `debug` (names).
     """
-    logger = Logger()
-    load_plugins(logger, request.get("plugins", []))
     progress("loading the engine", 0, 0)
     started = time.monotonic()
-    host = _host(request)(lambda: deserialize(logger, request))
-    loaded = time.monotonic() - started
+    ready = _loaded.pop(request["plan"], None)
+    if ready is not None:
+        logger, engine, loaded = ready
+        host = _host(request)(lambda: engine)
+    else:
+        logger = Logger()
+        load_plugins(logger, request.get("plugins", []))
+        host = _host(request)(lambda: deserialize(logger, request))
+        loaded = time.monotonic() - started
     try:
         inputs, notes = _bind(host, load_file(request["inputs"]), request)
         listener = _listen(host)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from divergence.captures import Capture
 
+LOAD = "divergence.probes.tensorrt.engine:load"
 RUN = "divergence.probes.tensorrt.engine:run"
 DESCRIBE = "divergence.probes.tensorrt.engine:describe"
 BOTH = ("torch", "pycuda")
@@ -86,6 +87,8 @@ class TensorRTProbe:
         """Gets ready while other work is done: the worker loads its libraries, the plan is verified."""
         if self._given is None and self._worker is None:
             self._worker = Worker()
+            if self.options.host in ("torch", "both"):
+                self._worker.post(LOAD, self._request(), about=str(self.path))
         if self.sidecar is not None and self._verified is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
             self._verified = pool.submit(verify, self.path, self.sidecar)
@@ -184,18 +187,19 @@ class TensorRTProbe:
             self._verified.result()
         runner = self._given or self._worker
         assert runner is not None
-        whole = {
+        try:
+            return runner.call(job, {**self._request(), **request}, about=str(self.path), progress=progress)
+        except SourceError:
+            self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
+            raise
+
+    def _request(self) -> dict[str, Any]:
+        return {
             "plan": str(self.path),
             "version": ".".join(map(str, self.header.version)),
             "built": dict(self.sidecar.built) if self.sidecar else {},
             "plugins": list(self.options.plugins),
-            **request,
         }
-        try:
-            return runner.call(job, whole, about=str(self.path), progress=progress)
-        except SourceError:
-            self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
-            raise
 
     def _run(
         self, folder: Path, host: str, plan: Path, progress: Progress
@@ -217,6 +221,11 @@ class TensorRTProbe:
             self.close()  # a process of its own, so that neither host lives on the other's context
         facts = self._call(RUN, request, progress)
         return facts, load_file(outputs)
+
+    @property
+    def expected_precision(self) -> str | None:
+        """What it was built in, where its sidecar says so: known before it has run."""
+        return self.sidecar.precision if self.sidecar else None
 
     @property
     def _looks_at_debug(self) -> bool:

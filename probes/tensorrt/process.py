@@ -37,6 +37,7 @@ class Worker:
         preload: tuple[str, ...] = ("torch", "tensorrt"),
     ) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile(prefix="divergence-worker-")  # noqa: SIM115 - closed in close()
+        self._posted = 0
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *preload],
             stdin=subprocess.PIPE,
@@ -89,6 +90,18 @@ class Worker:
             DivergenceError: the one that the job raised.
             SourceError: the process died; the message ends with the last lines of its log.
         """
+        self._send(job, request, about, needs_device=needs_device)
+        while self._posted:
+            self._posted -= 1
+            self._answer(about, silent)
+        return self._answer(about, progress)
+
+    def post(self, job: str, request: Mapping[str, Any], *, about: str) -> None:
+        """Starts a job without waiting for it; the next `call` waits, and raises what it raised."""
+        self._send(job, request, about, needs_device=True)
+        self._posted += 1
+
+    def _send(self, job: str, request: Mapping[str, Any], about: str, *, needs_device: bool) -> None:
         assert self._process.stdin is not None
         message = {"job": job, "request": dict(request), "needs_device": needs_device}
         try:
@@ -96,6 +109,8 @@ class Worker:
             self._process.stdin.flush()
         except (BrokenPipeError, ValueError):
             raise self._died(about) from None
+
+    def _answer(self, about: str, progress: Progress) -> dict[str, Any]:
         for answer in self._answers():
             if "progress" in answer:
                 progress(*answer["progress"])
