@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from divergence.comparison.metrics import Metrics
+    from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
+    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.sites import Site
 
 __all__ = ["Job", "capture", "compare", "record", "timed"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import shutil
 import statistics
 import sys
 import time
@@ -24,12 +25,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import gemma
 import torch
+from recorder import Recorder
 
 from divergence.config import Config
 from divergence.pipeline import compare
 from divergence.probes.tensorrt.build import BuildOptions, build_engine
+from divergence.probes.tensorrt.probe import TensorRTProbe
+from divergence.probes.tensorrt.process import Worker
+from divergence.probes.tensorrt.sidecar import beside
 from divergence.reports.terminal import render
 
+HEADER = 4096
 SHOWN = (0, 1, 5, 10, 17)
 ENGINES = {
     "fp32": ("fp32", "fp32"),
@@ -50,6 +56,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where models and engines go")
     parser.add_argument("--out", type=Path, required=True, help="where results go")
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=list(ENGINES))
+    parser.add_argument("--record", type=Path, help="record the engines here, for tests without a device")
     parser.add_argument("--plain", action="store_true", help="also build engines without added outputs")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -117,9 +124,14 @@ def one(
     sidecar = build_engine(
         model, plan, BuildOptions(precision=ENGINES[name][1], plain=args.plain), inputs=given
     )
+    cand: object = str(plan)
+    if args.record is not None:
+        cand = TensorRTProbe(plan, runner=Recorder(Worker(), args.record / name))
+        shutil.copy(beside(plan), args.record / name / "sidecar.json")
+        (args.record / name / "head").write_bytes(plan.read_bytes()[:HEADER])
     started = time.monotonic()
     result = compare(
-        reference, str(plan), given, config=Config(), command=f"case_study.py {args.size} {name}"
+        reference, cand, given, config=Config(), command=f"case_study.py {args.size} {name}"
     )
     wall = time.monotonic() - started
     facts = result.environment["candidate"]

@@ -153,10 +153,10 @@ class Stack(nn.Module):
 
 
 def make(size: str, device: str = "cuda", seed: int = 0) -> Stack:
-    """The stack in fp32, random weights from `seed`."""
+    """The stack in fp32, random weights from `seed`; those of the small size are the same everywhere."""
     torch.manual_seed(seed)
-    with torch.device(device):
-        return Stack(SIZES[size]).eval()
+    with torch.device("cpu" if size != "full" else device):
+        return Stack(SIZES[size]).eval().to(device)
 
 
 def small() -> Stack:

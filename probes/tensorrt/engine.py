@@ -191,11 +191,10 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
 def describe(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Reads an engine without running it: `machine`, `io`, `inspector`, `warnings`."""
-    logger = Logger()
-    load_plugins(logger, request.get("plugins", []))
     progress("loading the engine", 0, 0)
-    torch.cuda.init()
-    engine = deserialize(logger, request)
+    if request["plan"] not in _loaded:
+        load(request, progress)
+    logger, engine, _ = _loaded.pop(request["plan"])
     io = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from divergence.comparison import compare_tensors
 from divergence.errors import ConfigurationError, nearest
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.names import declared_tensor, site_named
+from divergence.probes.onnx.outputs import name_outputs
 from divergence.probes.tensorrt.sidecar import Sidecar
 from divergence.sites import Site, in_execution_order
 
+if TYPE_CHECKING:
+    import torch
+
+    from divergence.captures import Capture
+
 _SHORT = re.compile(r"(?:layers?[._]?)?(?:(\d+)[._])?(key|value|hidden|k|v)(?:[._](\d+))?", re.IGNORECASE)
+_NEAR, _FAR = 0.5, 3.0
 _TENSORS = {"k": "key", "v": "value"}
 
 
@@ -50,6 +59,35 @@ def sites_of(
             found[site] = Found(site, name, (), f"output {name} of the engine", "output")
     order = dict.fromkeys(site.stack for site in found if site.layer is not None)
     return [found[site] for site in in_execution_order(found, tuple(order) or ("",))]
+
+
+def name_as_reference(
+    found: Sequence[Found], tensors: Mapping[str, torch.Tensor], reference: Capture
+) -> list[Found]:
+    """Calls the model outputs among `found` what the reference calls them.
+
+    By equal name, else by a shape that only one of each has, else by value: of outputs of one shape, the
+    one that is near, where every other is several times as far. An output that matches none keeps its
+    own name. A reference whose model returns a tuple has numbers for names.
+    """
+    outputs = [f.value for f in found if f.site.layer is None]
+    shapes = {name: tuple(tensors[name].shape) for name in outputs}
+    named = {f.value: f for f in name_outputs(outputs, shapes, reference, lambda _: ())}
+    taken = {f.site for f in named.values()}
+    free = [s for s in reference.sites if s.layer is None and s not in taken]
+    own = {f.value for f in named.values() if f.site.tensor == f.value and f.site not in reference.entries}
+    for site in free:
+        distances = {
+            name: compare_tensors(reference.tensor(site), tensors[name]).rel_l2 or 0.0
+            for name in own
+            if shapes[name] == reference.entries[site].shape
+        }
+        near = sorted(distances, key=distances.__getitem__)
+        if near and distances[near[0]] < _NEAR and all(distances[n] > _FAR * distances[near[0]] for n in near[1:]):
+            how = f"output {near[0]} of the engine, by its value"
+            named[near[0]] = Found(site, near[0], (), how, "output")
+            own.discard(near[0])
+    return [named.get(f.value, f) if f.site.layer is None else f for f in found]
 
 
 def _overridden(tensors: Sequence[str], overrides: Mapping[str, str], path: str) -> Iterable[Found]:

@@ -18,7 +18,7 @@ from divergence.probes.onnx.nodes import nodes_from_json
 from divergence.probes.tensorrt.contract import Contract, make_contract
 from divergence.probes.tensorrt.inspector import parse_inspector
 from divergence.probes.tensorrt.options import EngineOptions
-from divergence.probes.tensorrt.outputs import sites_of
+from divergence.probes.tensorrt.outputs import name_as_reference, sites_of
 from divergence.probes.tensorrt.plan import PlanHeader, digest_of, read_header
 from divergence.probes.tensorrt.process import Worker
 from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar, plain_of, verify
@@ -83,11 +83,15 @@ class TensorRTProbe:
         self._worker: Worker | None = None
         self._verified: Future[None] | None = None
 
-    def start(self) -> None:
-        """Gets ready while other work is done: the worker loads its libraries, the plan is verified."""
+    def start(self, host: str | None = None) -> None:
+        """Gets ready while other work is done: the worker loads the engine, the plan is verified.
+
+        Args:
+            host: what will run it; by default the first of the options'.
+        """
         if self._given is None and self._worker is None:
             self._worker = Worker()
-            if self.options.host in ("torch", "both"):
+            if (host or self.options.host) in ("torch", "both"):
                 self._worker.post(LOAD, self._request(), about=str(self.path))
         if self.sidecar is not None and self._verified is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
@@ -152,6 +156,8 @@ class TensorRTProbe:
             runs = {h: self._run(folder, h, self.path, progress) for h in hosts}
             facts, tensors = runs[hosts[0]]
             found = self._sites(list(tensors))
+            if self.reference is not None:
+                found = name_as_reference(found, tensors, self.reference)
             wanted = [f for f in found if detail or f.site.tensor not in DETAIL_TENSORS]
             for item in wanted:
                 own = item.tensor(tensors[item.value])
@@ -182,7 +188,7 @@ class TensorRTProbe:
         )
 
     def _call(self, job: str, request: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
-        self.start()
+        self.start(request.get("host"))
         if self._verified is not None:
             self._verified.result()
         runner = self._given or self._worker

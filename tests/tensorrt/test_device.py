@@ -138,7 +138,7 @@ def test_the_command_line_ends_with_status_2_on_a_cut_plan(tmp_path: Path) -> No
     path = tmp_path / "cut.plan"
     path.write_bytes(engine("fp32", "none").read_bytes()[:-5000])
     done = subprocess.run(
-        [sys.executable, "-m", "divergence.cli", "inspect", str(path)],
+        [sys.executable, "-c", "from divergence.cli import main; main()", "inspect", str(path)],
         capture_output=True,
         text=True,
         check=False,
@@ -171,7 +171,7 @@ def test_a_missing_plugin_library_is_named() -> None:
 def test_the_sidecar_and_the_timing_cache(tmp_path: Path) -> None:
     out, cache = tmp_path / "a.plan", tmp_path / "timing.cache"
     options = BuildOptions(
-        precision="fp16", level=1, timing_cache=str(cache), plain=False, version_compatible=True
+        precision="fp16", level=1, timing_cache=str(cache), plain=False
     )
     sidecar = build_engine(onnx(), out, options, inputs=INPUTS)
     assert cache.stat().st_size > 0
