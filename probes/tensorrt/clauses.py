@@ -229,12 +229,12 @@ def _as_ignored(key: tuple[str, ...], runs: Sequence[NodeRun]) -> Ignored:
         f" of {len(layers)} layer{'s' * (len(layers) > 1)}" if layers else f" ({module})" if module else ""
     )
     kernels = list(dict.fromkeys(run.kernel for run in runs))
-    inside = short(kernels[0]) + (f" and {len(kernels) - 1} more kernels" if len(kernels) > 1 else "")
+    inside = short(kernels[0]) + (f" and {len(kernels) - 1} more" if len(kernels) > 1 else "")
     return Ignored(
         sentence=f"{what}{where} asked for {asked}, ran as {ran} inside {inside}",
         role=role,
         module=module,
-        layers=ranges(layer for _, layer in layers if layer is not None),
+        layers=ranges(run.layer for run in runs if run.layer is not None),
         asked=asked,
         ran=ran,
         kernel=kernels[0],

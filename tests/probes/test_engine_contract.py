@@ -165,7 +165,7 @@ def test_without_descriptions_names_and_kernels_tell() -> None:
 
 
 def test_guesses_without_descriptions_agree_with_descriptions() -> None:
-    """Of what is guessed a role at all, 99 % has the role that the model shows (MLPs count as projections)."""
+    """Of what gets a role by guessing, 99 % get that which the model shows (MLPs count as projections)."""
     known = {node.name: node.role.replace("mlp", "projection") for node in nodes("scale-fp16")}
     guessed = {
         node.name: node.role for node in make_contract(engine("scale-fp16")).nodes if node.role != "other"
@@ -195,9 +195,11 @@ def test_undescribed_nodes_are_counted() -> None:
     assert any("ONNX nodes that the engine names are not described" in remark for remark in contract.remarks)
 
 
-def kernel(name: str, inputs: str, outputs: str, node: str = "n") -> EngineLayer:
-    made = [tuple(EngineTensor(f"{w}{i}", t) for i, t in enumerate(types.split())) for w, types in (("i", inputs), ("o", outputs))]  # fmt: skip
-    return EngineLayer(name, "kgen", made[0], made[1], name, (node,))
+def kernel(name: str, inputs: str, outputs: str) -> EngineLayer:
+    """A layer with tensors of the types named, into which the node `n` went."""
+    read = tuple(EngineTensor(f"i{i}", dtype) for i, dtype in enumerate(inputs.split()))
+    made = tuple(EngineTensor(f"o{i}", dtype) for i, dtype in enumerate(outputs.split()))
+    return EngineLayer(name, "kgen", read, made, name, ("n",))
 
 
 @pytest.mark.parametrize(

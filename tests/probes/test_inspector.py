@@ -21,7 +21,7 @@ from divergence.probes.tensorrt.inspector import (
 from tests.probes.recorded_engine import DATA, engine
 
 
-# Read by hand from the recordings: layers, bindings, ONNX nodes, and GEMM tactics by precision and accumulator.
+# Read by hand from the recordings: layers, bindings, ONNX nodes, GEMM tactics by precision and accumulator.
 @pytest.mark.parametrize(
     ("name", "layers", "bindings", "nodes", "gemms"),
     [

@@ -77,7 +77,7 @@ ARCHITECTURES: dict[str, tuple[int, int, int, int]] = {
 }
 
 
-SLOW = ("gemma2", "gpt2", "llama-eager:script", "bert:script")
+SLOW = ("llama", "gemma2", "gpt2")
 
 
 def named(*names: str) -> list[Any]:
