@@ -35,9 +35,15 @@ BINS = 2048
 LANES = 8
 """Copies of the histogram, so that increments of one bin do not wait for each other."""
 
-WORK = 3 * SEGMENT + SEGMENT // 4 + BINS * LANES // 2
-"""Work space of a call beside the channel sums, in float64s: a segment of each side in float64 and in
-float32, exponents in uint16, histogram in uint32."""
+PLACE = SEGMENT + SEGMENT // 2
+"""Float64s for the values of one segment: in float64, and in float32 before that."""
+
+WORK = 4 * PLACE + SEGMENT // 2 + BINS * LANES // 2
+"""Float64s of work space beside the channel sums: two rows of each side, their exponents in uint16,
+and the histogram in uint32."""
+
+REORDER = {"reassoc", "contract", "nsz"}
+"""Freedom to add in vector lanes. NaN and infinities keep their meaning."""
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16, TABLE, INT16, UINT16, INT32, UINT32, INT64, UINT64 = range(11)
 """How values are stored. `TABLE`: one byte, an index into 256 float32 values."""
@@ -80,16 +86,12 @@ class Pool(NamedTuple):
     before: int
 
 
-def _compiled(**options: Any) -> Callable[[Any], Any]:
+def _cached(function: Any) -> Any:
     """`numba.njit` with its cache, or without where no folder for one can be written."""
-
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(cache=True, nogil=True, **options)(function)
-        except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
-            return njit(nogil=True, **options)(function)
-
-    return decorate
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # "no locator available": neither beside this file nor in the user's cache
+        return njit(nogil=True)(function)
 
 
 @intrinsic
@@ -122,7 +124,7 @@ _least = _extreme("llvm.minnum")
 _most = _extreme("llvm.maxnum")
 
 
-@_compiled()
+@njit
 def _copy(source: Any, step: int, out: Any, n: int) -> None:
     if step == 1:
         for j in range(n):
@@ -132,7 +134,7 @@ def _copy(source: Any, step: int, out: Any, n: int) -> None:
             out[j] = source[j * step]
 
 
-@_compiled()
+@njit
 def _copy_bfloat16(source: Any, step: int, out: Any, n: int) -> None:
     if step == 1:
         for j in range(n):
@@ -142,7 +144,7 @@ def _copy_bfloat16(source: Any, step: int, out: Any, n: int) -> None:
             out[j] = np.uint32(source[j * step]) << 16
 
 
-@_compiled()
+@njit
 def _widen_float16(half: int) -> float:
     """IEEE 754 binary16 to binary32 without a denormal on the way."""
     magnitude = np.uint32((half & 0x7FFF) << 13)
@@ -154,7 +156,7 @@ def _widen_float16(half: int) -> float:
     return np.uint32(bits | (half & 0x8000) << 16)
 
 
-@_compiled()
+@njit
 def _copy_float16(source: Any, step: int, out: Any, n: int) -> None:
     if step == 1:
         for j in range(n):
@@ -164,13 +166,13 @@ def _copy_float16(source: Any, step: int, out: Any, n: int) -> None:
             out[j] = _widen_float16(source[j * step])
 
 
-@_compiled()
+@njit
 def _copy_table(source: Any, step: int, table: Any, out: Any, n: int) -> None:
     for j in range(n):
         out[j] = table[source[j * step]]
 
 
-@_compiled()
+@njit
 def _narrow(side: Side, address: int, work: int, n: int) -> int:
     """The address of `n` values as float32: in place, or in `work`."""
     step = side.channel
@@ -191,9 +193,11 @@ def _narrow(side: Side, address: int, work: int, n: int) -> int:
     return work
 
 
-@_compiled()
-def _wide(side: Side, address: int, work: int, n: int) -> int:
-    """The address of `n` values as float64: in place, or in `work`."""
+@njit
+def _load(side: Side, address: int, work: int, n: int, wide: bool) -> int:
+    """The address of `n` values, as float64 if `wide`, else as float32: in place, or in `work`."""
+    if not wide:
+        return _narrow(side, address, work, n)
     step = side.channel
     out = _at(work, np.float64)
     if side.kind == FLOAT64:
@@ -214,7 +218,7 @@ def _wide(side: Side, address: int, work: int, n: int) -> int:
     return work
 
 
-@_compiled()
+@njit
 def _equal(one: Any, step: int, other: Any, other_step: int, n: int) -> bool:
     different = 0
     for j in range(n):
@@ -222,7 +226,7 @@ def _equal(one: Any, step: int, other: Any, other_step: int, n: int) -> bool:
     return different == 0
 
 
-@_compiled()
+@njit
 def _same_bits(ref: Side, ref_at: int, cand: Side, cand_at: int, n: int) -> bool:
     a, b = ref.channel, cand.channel
     if ref.itemsize == 1:
@@ -234,26 +238,26 @@ def _same_bits(ref: Side, ref_at: int, cand: Side, cand_at: int, n: int) -> bool
     return _equal(_at(ref_at, np.int64), a, _at(cand_at, np.int64), b, n)
 
 
-@_compiled()
-def _finite(values: Any, n: int) -> bool:
-    bad = 0
-    for j in range(n):
-        bad += not abs(values[j]) < np.inf
-    return bad == 0
-
-
-@_compiled()
-def _extent(values: Any, n: int, found: Any, low_at: int) -> None:
-    """Widens the range at `found[low_at : low_at + 2]` to finite values."""
+@njit(fastmath=REORDER)
+def _survey(values: Any, n: int, zero: Any) -> tuple[bool, float, float]:
+    """Whether all values are finite and, where they are, the smallest and the largest: anything times
+    zero is zero, but for NaN and infinities."""
+    total = zero
     low = high = values[0]
     for j in range(n):
+        total += values[j] * zero
         low = _least(low, values[j])
         high = _most(high, values[j])
+    return total == zero, low, high
+
+
+@njit
+def _widen(found: Any, low_at: int, low: float, high: float) -> None:
     found[low_at] = min(found[low_at], low)
     found[low_at + 1] = max(found[low_at + 1], high)
 
 
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
+@njit(fastmath=REORDER)
 def _add(ref: Any, cand: Any, n: int, sums: Any, exponents: Any) -> tuple[float, float, float, float, float, int]:
     """Adds finite values to the sums of their channels (a block of four rows, `PITCH` apart).
 
@@ -282,7 +286,44 @@ def _add(ref: Any, cand: Any, n: int, sums: Any, exponents: Any) -> tuple[float,
     return absolute, err2, ref2, cand2, dot, top
 
 
-@_compiled()
+@njit(fastmath=REORDER)
+def _add_two(ref: Any, cand: Any, ref_2: Any, cand_2: Any, n: int, sums: Any, exponents: Any) -> tuple[Any, Any]:
+    """`_add` for two rows at a time, which halves the traffic to the channel sums. The exponents of the
+    second stand `SEGMENT` behind those of the first."""
+    absolute = err2 = ref2 = cand2 = dot = 0.0
+    absolute_2 = err2_2 = ref2_2 = cand2_2 = dot_2 = 0.0
+    top = top_2 = np.int64(0)
+    for j in range(n):
+        r, c = np.float64(ref[j]), np.float64(cand[j])
+        error = abs(c - r)
+        e2, r2, c2, rc = error * error, r * r, c * c, r * c
+        absolute += error
+        err2 += e2
+        ref2 += r2
+        cand2 += c2
+        dot += rc
+        bits = np.float64(error).view(np.int64)
+        top = max(top, bits)
+        exponents[j] = bits >> 52
+        r, c = np.float64(ref_2[j]), np.float64(cand_2[j])
+        error = abs(c - r)
+        e2_2, r2_2, c2_2, rc_2 = error * error, r * r, c * c, r * c
+        absolute_2 += error
+        err2_2 += e2_2
+        ref2_2 += r2_2
+        cand2_2 += c2_2
+        dot_2 += rc_2
+        sums[j] += e2 + e2_2
+        sums[PITCH + j] += r2 + r2_2
+        sums[2 * PITCH + j] += c2 + c2_2
+        sums[3 * PITCH + j] += rc + rc_2
+        bits = np.float64(error).view(np.int64)
+        top_2 = max(top_2, bits)
+        exponents[SEGMENT + j] = bits >> 52
+    return (absolute, err2, ref2, cand2, dot, top), (absolute_2, err2_2, ref2_2, cand2_2, dot_2, top_2)
+
+
+@njit
 def _tally(exponents: Any, n: int, histogram: Any) -> None:
     """Counts exponents, each of `LANES` neighbours in a copy of its own."""
     whole = n & ~(LANES - 1)
@@ -293,7 +334,7 @@ def _tally(exponents: Any, n: int, histogram: Any) -> None:
         histogram[exponents[j] * LANES] += 1
 
 
-@_compiled()
+@njit
 def _first(ref: Any, cand: Any, n: int, error: float) -> int:
     """The first position with that |c - r|."""
     for j in range(n):
@@ -302,7 +343,7 @@ def _first(ref: Any, cand: Any, n: int, error: float) -> int:
     return n
 
 
-@_compiled()
+@njit
 def _largest(ref: Any, cand: Any, n: int, least: float) -> float:
     """The largest |c - r| of finite values, `least` if that is larger."""
     for j in range(n):
@@ -311,7 +352,7 @@ def _largest(ref: Any, cand: Any, n: int, least: float) -> float:
     return least
 
 
-@_compiled()
+@njit
 def _purge(
     ref: Any, cand: Any, n: int, spare: Any, channel: Any, entry: Any, found: Any, counts: Any
 ) -> tuple[int, int]:
@@ -348,7 +389,17 @@ def _purge(
     return dropped, kept
 
 
-@_compiled()
+@njit(fastmath=REORDER)
+def _take(sums: Any, start: int, stop: int) -> float:
+    """The sum of a run, which is cleared."""
+    total = 0.0
+    for i in range(start, stop):
+        total += sums[i]
+        sums[i] = 0.0
+    return total
+
+
+@njit
 def _flush(sums: Any, n: int, pool: Pool, first: int, rows: int, channel: Any) -> None:
     """Adds a block of channel sums over `rows` rows to the entries of these channels, and clears it."""
     if pool.group == 1:
@@ -359,46 +410,25 @@ def _flush(sums: Any, n: int, pool: Pool, first: int, rows: int, channel: Any) -
                 sums[k * PITCH + j] = 0.0
         channel[0, first : first + n] += rows
         return
+    entry, phase = divmod(pool.before + first, pool.group)
     j = 0
     while j < n:
-        entry, phase = divmod(pool.before + first + j, pool.group)
         stop = min(n, j + pool.group - phase)
         channel[0, entry] += rows * (stop - j)
         for k in range(4):
-            total = 0.0
-            for i in range(k * PITCH + j, k * PITCH + stop):
-                total += sums[i]
-                sums[i] = 0.0
-            channel[k + 1, entry] += total
+            channel[k + 1, entry] += _take(sums, k * PITCH + j, k * PITCH + stop)
         j = stop
+        entry += 1
+        phase = 0
 
 
-@_compiled()
-def _segment(
-    ref: Any, cand: Any, spare: Any, n: int, at: int, scratch: Any, channel: Any, entry: Any, row: Any, found: Any, counts: Any
+@njit
+def _book(
+    ref: Any, cand: Any, n: int, at: int, added: Any, dropped: int, kept: int,
+    exponents: Any, histogram: Any, row: Any, found: Any, counts: Any,
 ) -> None:
-    """Adds a segment of a valid row.
-
-    Args:
-        ref, cand, n: the values.
-        spare: where values of each side may be written.
-        at: position of the first in the box.
-        scratch: sums, exponents and histogram.
-        channel, entry: for `_purge`.
-        row: the fields of `metrics.AxisSums`, to be added to.
-        found, counts: results of `scan`.
-    """
-    sums, exponents, histogram = scratch
-    dropped, kept = 0, 0
-    if _finite(ref, n) and _finite(cand, n):
-        _extent(ref, n, found, REF_LOW)
-        _extent(cand, n, found, CAND_LOW)
-    else:
-        dropped, kept = _purge(ref, cand, n, spare, channel, entry, found, counts)
-        ref, cand = spare
-    if dropped == n:
-        return
-    absolute, err2, ref2, cand2, dot, top = _add(ref, cand, n, sums, exponents)
+    """Books what `_add` returned for a segment that starts at position `at` of the box."""
+    absolute, err2, ref2, cand2, dot, top = added
     found[ABS_SUM] += absolute
     row[0] += n - dropped
     row[1] += err2
@@ -416,7 +446,90 @@ def _segment(
         counts[WORST_AT] = at + (_first(ref, cand, n, error) if top else kept)
 
 
-@_compiled()
+@njit
+def _one_row(
+    ref: Any, cand: Any, spare: Any, n: int, at: int, scratch: Any, zero: Any,
+    channel: Any, entry: Any, row: Any, found: Any, counts: Any,
+) -> None:
+    """Adds a segment of a valid row."""
+    sums, exponents, _, histogram = scratch
+    ref_ok, ref_low, ref_high = _survey(ref, n, zero)
+    cand_ok, cand_low, cand_high = _survey(cand, n, zero)
+    dropped, kept = 0, 0
+    if ref_ok and cand_ok:
+        _widen(found, REF_LOW, ref_low, ref_high)
+        _widen(found, CAND_LOW, cand_low, cand_high)
+    else:
+        dropped, kept = _purge(ref, cand, n, spare, channel, entry, found, counts)
+        ref, cand = spare
+    if dropped < n:
+        added = _add(ref, cand, n, sums, exponents)
+        _book(ref, cand, n, at, added, dropped, kept, exponents, histogram, row, found, counts)
+
+
+@njit
+def _segment(
+    kind: Any, places: Any, work: Any, rows: int, n: int, at: Any, scratch: Any,
+    channel: Any, entry: Any, row: Any, found: Any, counts: Any,
+) -> None:
+    """Adds a segment of one or two valid rows.
+
+    Args:
+        kind: np.float32 or np.float64.
+        places: addresses of the values: reference and candidate of the first row, of the second.
+        work: where values of each may be written.
+        rows: 1 or 2.
+        n: elements of the segment.
+        at: its position in the box, of each row.
+        scratch: sums, exponents and histogram.
+        channel, entry: for `_purge`.
+        row: `[2, 5]`, the fields of `metrics.AxisSums` of each row, to be added to.
+        found, counts: results of `scan`.
+    """
+    zero = kind(0)
+    sums, exponents, second_exponents, histogram = scratch
+    a, b, c, d = _at(places[0], kind), _at(places[1], kind), _at(places[2], kind), _at(places[3], kind)
+    spare = (_at(work[0], kind), _at(work[1], kind))
+    if rows == 1:
+        _one_row(a, b, spare, n, at[0], scratch, zero, channel, entry, row[0], found, counts)
+        return
+    a_ok, a_low, a_high = _survey(a, n, zero)
+    b_ok, b_low, b_high = _survey(b, n, zero)
+    c_ok, c_low, c_high = _survey(c, n, zero)
+    d_ok, d_low, d_high = _survey(d, n, zero)
+    if a_ok and b_ok and c_ok and d_ok:
+        _widen(found, REF_LOW, min(a_low, c_low), max(a_high, c_high))
+        _widen(found, CAND_LOW, min(b_low, d_low), max(b_high, d_high))
+        first, second = _add_two(a, b, c, d, n, sums, exponents)
+        _book(a, b, n, at[0], first, 0, 0, exponents, histogram, row[0], found, counts)
+        _book(c, d, n, at[1], second, 0, 0, second_exponents, histogram, row[1], found, counts)
+    else:
+        other = (_at(work[2], kind), _at(work[3], kind))
+        _one_row(a, b, spare, n, at[0], scratch, zero, channel, entry, row[0], found, counts)
+        _one_row(c, d, other, n, at[1], scratch, zero, channel, entry, row[1], found, counts)
+
+
+@njit
+def _row_at(side: Side, row: int, head: int, tokens: int) -> int:
+    """The address of a row of a box; rows are numbered over batch and token."""
+    batch, token = divmod(row, tokens)
+    return side.address + (batch * side.batch + head * side.head + token * side.token) * side.itemsize
+
+
+@njit
+def _position(row: int, head: int, heads: int, tokens: int) -> int:
+    """The number of a row in the order of a box."""
+    batch, token = divmod(row, tokens)
+    return (batch * heads + head) * tokens + token
+
+
+@njit
+def _valid(mask: Mask, row: int, tokens: int) -> bool:
+    batch, token = divmod(row, tokens)
+    return mask.address == 0 or _at(mask.address + batch * mask.batch + token * mask.token, np.uint8)[0] != 0
+
+
+@_cached
 def scan(
     ref: Side,
     cand: Side,
@@ -446,62 +559,66 @@ def scan(
     batch, heads, tokens, channels = sizes
     token_pool, head_pool, channel_pool = pools
     base = np.int64(work.ctypes.data)
-    places = (base, base + 12 * SEGMENT)
-    exponents = _at(base + 24 * SEGMENT, np.uint16)
-    lanes = _at(base + 26 * SEGMENT, np.uint32)
-    blocks = base + 26 * SEGMENT + 4 * BINS * LANES
+    room = (base, base + 8 * PLACE, base + 16 * PLACE, base + 24 * PLACE)
+    exponents = base + 32 * PLACE
+    lanes = _at(exponents + 4 * SEGMENT, np.uint32)
+    blocks = exponents + 4 * SEGMENT + 4 * BINS * LANES
     wide = ref.kind in WIDE or cand.kind in WIDE
-    one_block = batch * tokens == 1 or channel_pool.group > 1
-    row = np.zeros(5)
+    all_rows = batch * tokens
+    one_block = all_rows == 1 or channel_pool.group > 1
+    row = np.zeros((2, 5))
     for h in range(heads):
-        rows = 0
-        for bt in range(batch * tokens):
-            b, t = divmod(bt, tokens)
-            ref_at = ref.address + (b * ref.batch + h * ref.head + t * ref.token) * ref.itemsize
-            cand_at = cand.address + (b * cand.batch + h * cand.head + t * cand.token) * cand.itemsize
-            valid = mask.address == 0 or _at(mask.address + b * mask.batch + t * mask.token, np.uint8)[0] != 0
+        valid_rows = i = 0
+        while i < all_rows:
+            valid = _valid(mask, i, tokens)
+            rows = 2 if valid and i + 1 < all_rows and _valid(mask, i + 1, tokens) else 1
+            last = i + rows - 1
+            starts = (_row_at(ref, i, h, tokens), _row_at(cand, i, h, tokens),
+                      _row_at(ref, last, h, tokens), _row_at(cand, last, h, tokens))
             row[:] = 0.0
             for first in range(0, channels, SEGMENT):
                 n = min(SEGMENT, channels - first)
-                r_at = ref_at + first * ref.channel * ref.itemsize
-                c_at = cand_at + first * cand.channel * cand.itemsize
-                if counts[DIFFERENT] == 0 and not _same_bits(ref, r_at, cand, c_at, n):
+                ref_step, cand_step = first * ref.channel * ref.itemsize, first * cand.channel * cand.itemsize
+                raw = (starts[0] + ref_step, starts[1] + cand_step, starts[2] + ref_step, starts[3] + cand_step)
+                if counts[DIFFERENT] == 0 and not (
+                    _same_bits(ref, raw[0], cand, raw[1], n) and _same_bits(ref, raw[2], cand, raw[3], n)
+                ):
                     counts[DIFFERENT] = 1
-                block = blocks if one_block else blocks + 32 * PITCH * (first // SEGMENT)
-                scratch = (_at(block, np.float64), exponents, lanes)
-                at = ((b * heads + h) * tokens + t) * channels + first
+                r, c = _load(ref, raw[0], room[0], n, wide), _load(cand, raw[1], room[1], n, wide)
+                places = (r, c, r, c)
+                if rows == 2:
+                    places = (r, c, _load(ref, raw[2], room[2], n, wide), _load(cand, raw[3], room[3], n, wide))
+                if not valid:
+                    if wide:
+                        found[PADDED] = _largest(_at(r, np.float64), _at(c, np.float64), n, found[PADDED])
+                    else:
+                        found[PADDED] = _largest(_at(r, np.float32), _at(c, np.float32), n, found[PADDED])
+                    continue
+                sums = _at(blocks if one_block else blocks + 32 * PITCH * (first // SEGMENT), np.float64)
+                scratch = (sums, _at(exponents, np.uint16), _at(exponents + 2 * SEGMENT, np.uint16), lanes)
+                at = (_position(i, h, heads, tokens) * channels + first, _position(last, h, heads, tokens) * channels + first)
                 entry = (h * channels + first, channel_pool)
                 if wide:
-                    r = _at(_wide(ref, r_at, places[0], n), np.float64)
-                    c = _at(_wide(cand, c_at, places[1], n), np.float64)
-                    if valid:
-                        spare = (_at(places[0], np.float64), _at(places[1], np.float64))
-                        _segment(r, c, spare, n, at, scratch, channel, entry, row, found, counts)
-                    else:
-                        found[PADDED] = _largest(r, c, n, found[PADDED])
+                    _segment(np.float64, places, room, rows, n, at, scratch, channel, entry, row, found, counts)
                 else:
-                    x = _at(_narrow(ref, r_at, places[0], n), np.float32)
-                    y = _at(_narrow(cand, c_at, places[1], n), np.float32)
-                    if valid:
-                        room = (_at(places[0], np.float32), _at(places[1], np.float32))
-                        _segment(x, y, room, n, at, scratch, channel, entry, row, found, counts)
-                    else:
-                        found[PADDED] = _largest(x, y, n, found[PADDED])
-                if one_block and valid:
-                    _flush(scratch[0], n, channel_pool, entry[0], 1, channel)
+                    _segment(np.float32, places, room, rows, n, at, scratch, channel, entry, row, found, counts)
+                if one_block:
+                    _flush(sums, n, channel_pool, entry[0], rows, channel)
             if valid:
-                rows += 1
-                counts[ELEMENTS] += channels
-                place = (token_pool.before + bt) // token_pool.group
-                head_place = (head_pool.before + h) // head_pool.group
-                for k in range(5):
-                    token[k, place] += row[k]
-                    head[k, head_place] += row[k]
+                valid_rows += rows
+                counts[ELEMENTS] += rows * channels
+                head_entry = (head_pool.before + h) // head_pool.group
+                for j in range(rows):
+                    token_entry = (token_pool.before + i + j) // token_pool.group
+                    for k in range(5):
+                        token[k, token_entry] += row[j, k]
+                        head[k, head_entry] += row[j, k]
+            i += rows
         if not one_block:
             for first in range(0, channels, SEGMENT):
-                sums = _at(blocks + 32 * PITCH * (first // SEGMENT), np.float64)
                 n = min(SEGMENT, channels - first)
-                _flush(sums, n, channel_pool, h * channels + first, rows, channel)
+                sums = _at(blocks + 32 * PITCH * (first // SEGMENT), np.float64)
+                _flush(sums, n, channel_pool, h * channels + first, valid_rows, channel)
     for bin_ in range(BINS):
         total = 0
         for lane in range(LANES):
