@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from divergence.comparison import kernel
-from divergence.comparison.kernel import Mask, Pool, Side
+from divergence.comparison import kernel, loops
+from divergence.comparison.kernel import Box, Mask, Results
+from divergence.comparison.loops import Pool, Side
 from divergence.comparison.metrics import PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
 from divergence.comparison.views import Form, Operands, operands
 from divergence.errors import AlignmentError
@@ -38,19 +39,19 @@ UNDER_WAY = 32 << 20
 
 Floats32 = np.ndarray[Any, np.dtype[np.float32]]
 
-_LOWS = [kernel.REF_LOW, kernel.CAND_LOW]
+_LOWS = [loops.REF_LOW, loops.CAND_LOW]
 
 _KINDS = {
-    torch.float32: kernel.FLOAT32,
-    torch.float64: kernel.FLOAT64,
-    torch.bfloat16: kernel.BFLOAT16,
-    torch.float16: kernel.FLOAT16,
-    torch.int16: kernel.INT16,
-    torch.uint16: kernel.UINT16,
-    torch.int32: kernel.INT32,
-    torch.uint32: kernel.UINT32,
-    torch.int64: kernel.INT64,
-    torch.uint64: kernel.UINT64,
+    torch.float32: loops.FLOAT32,
+    torch.float64: loops.FLOAT64,
+    torch.bfloat16: loops.BFLOAT16,
+    torch.float16: loops.FLOAT16,
+    torch.int16: loops.INT16,
+    torch.uint16: loops.UINT16,
+    torch.int32: loops.INT32,
+    torch.uint32: loops.UINT32,
+    torch.int64: loops.INT64,
+    torch.uint64: loops.UINT64,
 }
 
 
@@ -90,15 +91,10 @@ class _Box:
 
 @dataclass(frozen=True)
 class _Found:
-    """What the kernel found in a box; see `kernel.scan`."""
+    """A box and what the kernel found in it."""
 
     box: _Box
-    token: Floats
-    head: Floats
-    channel: Floats
-    exponents: np.ndarray[Any, np.dtype[np.int64]]
-    found: Floats
-    counts: np.ndarray[Any, np.dtype[np.int64]]
+    results: Results
 
 
 class _AxisSums:
@@ -129,9 +125,9 @@ class _Total:
         self.token = _AxisSums(batch * tokens, entries)
         self.head = _AxisSums(heads, entries)
         self.channel = _AxisSums(heads * channels, entries)
-        self.exponents = np.zeros(kernel.BINS, np.int64)
+        self.exponents = np.zeros(loops.BINS, np.int64)
         self.found = _nothing()
-        self.counts = np.zeros(kernel.COUNTS, np.int64)
+        self.counts = np.zeros(loops.COUNTS, np.int64)
         self.worst_at: tuple[int, ...] = ()
         self.same_dtype = given.ref.dtype == given.cand.dtype
 
@@ -144,30 +140,20 @@ class _Total:
     def scan_box(self, box: _Box) -> _Found:
         """Runs the kernel on a box. Changes nothing here: several threads may."""
         ref, cand = box.ref.cpu(), box.cand.cpu()
-        batch, heads, tokens, channels = sizes = tuple(ref.shape)
+        batch, heads, tokens, channels = ref.shape
         at_token, at_head, at_channel = self.starts(box)
         token_pool, token = self.token.part(at_token, batch * tokens)
         head_pool, head = self.head.part(at_head, heads)
         channel_pool, channel = self.channel.part(at_channel, heads * channels)
-        result = _Found(
-            box, token, head, channel, np.zeros(kernel.BINS, np.int64), _nothing(), np.zeros(kernel.COUNTS, np.int64)
+        results = Results(
+            token, head, channel, np.zeros(loops.BINS, np.int64), _nothing(), np.zeros(loops.COUNTS, np.int64)
         )
-        result.counts[kernel.DIFFERENT] = not self.same_dtype
-        kernel.scan(
-            _side(ref),
-            _side(cand),
-            self._mask(box),
-            sizes,
-            (token_pool, head_pool, channel_pool),
-            np.zeros(kernel.work_size(sizes, channel_pool)),
-            token,
-            head,
-            channel,
-            result.exponents,
-            result.found,
-            result.counts,
-        )
-        return result
+        results.counts[loops.DIFFERENT] = not self.same_dtype
+        sizes = (batch, heads, tokens, channels)
+        work = np.zeros(kernel.work_size(sizes, channel_pool))
+        part = Box(_side(ref), _side(cand), self._mask(box), sizes, token_pool, head_pool, channel_pool)
+        kernel.scan(part, work, results)
+        return _Found(box, results)
 
     def most_under_way(self, box: _Box, most: int) -> int:
         """How many results like that of `box` may be held."""
@@ -189,35 +175,36 @@ class _Total:
     def add(self, part: _Found) -> None:
         """Adds a box."""
         at_token, at_head, at_channel = self.starts(part.box)
-        self.token.add(at_token, part.token)
-        self.head.add(at_head, part.head)
-        self.channel.add(at_channel, part.channel)
-        self.exponents += part.exponents
-        self.counts += part.counts
-        if part.found[kernel.WORST] > self.found[kernel.WORST]:
-            index = np.unravel_index(int(part.counts[kernel.WORST_AT]), tuple(part.box.ref.shape))
+        results = part.results
+        self.token.add(at_token, results.token)
+        self.head.add(at_head, results.head)
+        self.channel.add(at_channel, results.channel)
+        self.exponents += results.exponents
+        self.counts += results.counts
+        if results.found[loops.WORST] > self.found[loops.WORST]:
+            index = np.unravel_index(int(results.counts[loops.WORST_AT]), tuple(part.box.ref.shape))
             self.worst_at = self.form.index(*(int(i) + s for i, s in zip(index, part.box.start, strict=True)))
-        least = np.minimum(self.found, part.found)
-        absolute = self.found[kernel.ABS_SUM] + part.found[kernel.ABS_SUM]
-        np.maximum(self.found, part.found, out=self.found)
+        least = np.minimum(self.found, results.found)
+        absolute = self.found[loops.ABS_SUM] + results.found[loops.ABS_SUM]
+        np.maximum(self.found, results.found, out=self.found)
         self.found[_LOWS] = least[_LOWS]
-        self.found[kernel.ABS_SUM] = absolute
+        self.found[loops.ABS_SUM] = absolute
 
     def scan(self) -> Scan:
         """What was found beside the sums."""
         found = self.found.tolist()
         counts = self.counts.tolist()
-        worst, padded = found[kernel.WORST], found[kernel.PADDED]
+        worst, padded = found[loops.WORST], found[loops.PADDED]
         ref, cand = (
             (low, found[at + 1]) if (low := found[at]) <= found[at + 1] else None
-            for at in (kernel.REF_LOW, kernel.CAND_LOW)
+            for at in (loops.REF_LOW, loops.CAND_LOW)
         )
         return Scan(
-            elements=counts[kernel.ELEMENTS],
-            ref_nonfinite=counts[kernel.REF_NONFINITE],
-            cand_nonfinite=counts[kernel.CAND_NONFINITE],
-            bit_equal=counts[kernel.DIFFERENT] == 0,
-            abs_sum=found[kernel.ABS_SUM],
+            elements=counts[loops.ELEMENTS],
+            ref_nonfinite=counts[loops.REF_NONFINITE],
+            cand_nonfinite=counts[loops.CAND_NONFINITE],
+            bit_equal=counts[loops.DIFFERENT] == 0,
+            abs_sum=found[loops.ABS_SUM],
             max_abs=(worst, self.worst_at) if worst >= 0 else None,
             ref_range=ref,
             cand_range=cand,
@@ -285,7 +272,7 @@ def _kind(dtype: torch.dtype) -> int:
         except RuntimeError:  # packed types have no values of their own
             pass
         else:
-            return kernel.TABLE
+            return loops.TABLE
     raise AlignmentError(f"cannot compare tensors of dtype {dtype}; convert them to float32 first")
 
 
@@ -301,13 +288,14 @@ def _table(dtype: torch.dtype) -> Floats32:
 def _side(tensor: torch.Tensor) -> Side:
     """Where the kernel finds a tensor `[batch, head, token, channel]` on the CPU."""
     kind = _kind(tensor.dtype)
-    table = _table(tensor.dtype).ctypes.data if kind == kernel.TABLE else 0
-    return Side(tensor.data_ptr(), *tensor.stride(), kind, tensor.element_size(), table)
+    table = _table(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
+    batch, head, token, channel = tensor.stride()
+    return Side(tensor.data_ptr(), batch, head, token, channel, kind, tensor.element_size(), table)
 
 
 def _nothing() -> Floats:
     """What the kernel has found before it starts."""
-    found = np.full(kernel.FOUND, -math.inf)
-    found[kernel.ABS_SUM] = 0.0
+    found = np.full(loops.FOUND, -math.inf)
+    found[loops.ABS_SUM] = 0.0
     found[_LOWS] = math.inf
     return found
