@@ -108,7 +108,7 @@ def _copy_bfloat16(source: Any, step: int, out: Any, n: int) -> None:
 
 
 @njit(**INNER)
-def _widen_float16(half: int) -> float:
+def _widen_float16(half: int) -> Any:
     """IEEE 754 binary16 to binary32 without a denormal on the way."""
     magnitude = np.uint32((half & 0x7FFF) << 13)
     exponent = half & 0x7C00
@@ -187,6 +187,7 @@ def _equal(one: Any, step: int, other: Any, other_step: int, n: int) -> bool:
 
 @njit(**INNER)
 def same_bits(ref: Side, ref_at: int, cand: Side, cand_at: int, n: int) -> bool:
+    """Whether a segment of both sides, of one dtype, has the same bits."""
     a, b = ref.channel, cand.channel
     if ref.itemsize == 1:
         return _equal(at(ref_at, np.uint8), a, at(cand_at, np.uint8), b, n)
@@ -212,6 +213,7 @@ def survey(values: Any, n: int, zero: Any) -> tuple[bool, float, float]:
 
 @njit(**INNER)
 def widen(found: Any, low_at: int, low: float, high: float) -> None:
+    """Widens the range at `low_at` in the results."""
     found[low_at] = min(found[low_at], low)
     found[low_at + 1] = max(found[low_at + 1], high)
 
@@ -219,7 +221,7 @@ def widen(found: Any, low_at: int, low: float, high: float) -> None:
 @njit(fastmath=REORDER, **INNER)
 def add(
     ref: Any, cand: Any, n: int, sums: Any, exponents: Any
-) -> tuple[float, float, float, float, float, int]:
+) -> tuple[float, float, float, float, float, Any]:
     """Adds finite values to the sums of their channels (a block of four rows, `PITCH` apart).
 
     Returns:

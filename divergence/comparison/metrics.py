@@ -148,7 +148,7 @@ class Metrics:
         """What `percent` of the elements compared are not off by more than.
 
         From a histogram of powers of two: an upper bound of the exact percentile (that of rank
-        `ceil(percent / 100 * compared)`) and less than twice as large; 0 where that is below 2^-1022.
+        `ceil(percent / 100 * compared)`) and at most twice as large; 0 where that is below 2^-1022.
 
         Args:
             percent: from 0 to 100.
