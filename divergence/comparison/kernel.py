@@ -52,9 +52,12 @@ from divergence.comparison.loops import (
 PLACE = SEGMENT + SEGMENT // 2
 """Float64s for the values of one segment: in float64, and in float32 before that."""
 
-WORK = 4 * PLACE + SEGMENT // 2 + BINS * LANES // 2
-"""Float64s of work space beside the channel sums: two rows of each side, their exponents in uint16,
-and the histogram in uint32."""
+ROWS = 16
+"""Float64s for the sums of two rows, `ROWS // 2` apart."""
+
+WORK = 4 * PLACE + ROWS + SEGMENT // 2 + BINS * LANES // 2
+"""Float64s of work space beside the channel sums: values of two rows of each side, sums of these rows,
+their exponents in uint16, and the histogram in uint32."""
 
 
 class Mask(NamedTuple):
@@ -95,33 +98,49 @@ class Results(NamedTuple):
     counts: Any
 
 
-class _Scratch(NamedTuple):
-    """Pointers to a block of channel sums, the exponents of either row, and the histogram."""
+class _Out(NamedTuple):
+    """Pointers to what the loops write to; arrays would be counted references at every call.
 
-    sums: Any
+    Attributes:
+        found, counts: those of `Results`.
+        channel, entries: `Results.channel`, row after row, and the length of a row.
+        row, other_row: sums of the rows under way.
+        exponents, other_exponents: of their errors.
+        histogram: `LANES` copies.
+        blocks: address of the blocks of channel sums.
+    """
+
+    found: Any
+    counts: Any
+    channel: Any
+    entries: int
+    row: Any
+    other_row: Any
     exponents: Any
     other_exponents: Any
     histogram: Any
+    blocks: int
 
 
 @njit(**INNER)
-def _flush(sums: Any, n: int, pool: Pool, start: int, rows: int, channel: Any) -> None:
+def _flush(sums: Any, n: int, pool: Pool, start: int, rows: int, to: Any) -> None:
     """Adds a block of channel sums over `rows` rows to the entries of these channels, and clears it."""
     if pool.group == 1:
         for k in range(4):
-            out = channel[k + 1, start : start + n]
+            base = (k + 1) * to.entries + start
             for j in range(n):
-                out[j] += sums[k * PITCH + j]
+                to.channel[base + j] += sums[k * PITCH + j]
                 sums[k * PITCH + j] = 0.0
-        channel[0, start : start + n] += rows
+        for j in range(n):
+            to.channel[start + j] += rows
         return
     entry, phase = divmod(pool.before + start, pool.group)
     j = 0
     while j < n:
         stop = min(n, j + pool.group - phase)
-        channel[0, entry] += rows * (stop - j)
+        to.channel[entry] += rows * (stop - j)
         for k in range(4):
-            channel[k + 1, entry] += take(sums, k * PITCH + j, k * PITCH + stop)
+            to.channel[(k + 1) * to.entries + entry] += take(sums, k * PITCH + j, k * PITCH + stop)
         j = stop
         entry += 1
         phase = 0
@@ -129,16 +148,7 @@ def _flush(sums: Any, n: int, pool: Pool, start: int, rows: int, channel: Any) -
 
 @njit(**INNER)
 def _book(
-    ref: Any,
-    cand: Any,
-    n: int,
-    place: int,
-    added: Any,
-    gone: Any,
-    exponents: Any,
-    histogram: Any,
-    row: Any,
-    to: Any,
+    ref: Any, cand: Any, n: int, place: int, added: Any, gone: Any, exponents: Any, row: Any, to: Any
 ) -> None:
     """Books what `add` returned for a segment that starts at `place`; `gone`: what `purge` returned."""
     absolute, err2, ref2, cand2, dot, top = added
@@ -150,9 +160,9 @@ def _book(
     row[3] += cand2
     row[4] += dot
     if top:
-        tally(exponents, n, histogram)
+        tally(exponents, n, to.histogram)
     else:
-        histogram[0] += n
+        to.histogram[0] += n
     to.counts[DROPPED] += dropped
     error = np.int64(top).view(np.float64)
     if error > to.found[WORST] or (error == to.found[WORST] and place < to.counts[WORST_AT]):
@@ -162,16 +172,7 @@ def _book(
 
 @njit(**INNER)
 def _one_row(
-    ref: Any,
-    cand: Any,
-    spare: Any,
-    n: int,
-    place: int,
-    scratch: Any,
-    zero: Any,
-    entry: Any,
-    row: Any,
-    to: Any,
+    ref: Any, cand: Any, spare: Any, n: int, place: int, sums: Any, zero: Any, entry: Any, row: Any, to: Any
 ) -> None:
     """Adds a segment of one row; `spare` is where its values may be written."""
     ref_ok, ref_low, ref_high = survey(ref, n, zero)
@@ -184,14 +185,12 @@ def _one_row(
         gone = purge(ref, cand, n, spare, to.channel, entry, to.found, to.counts)
         ref, cand = spare
     if gone[0] < n:
-        added = add(ref, cand, n, scratch.sums, scratch.exponents)
-        _book(ref, cand, n, place, added, gone, scratch.exponents, scratch.histogram, row, to)
+        added = add(ref, cand, n, sums, to.exponents)
+        _book(ref, cand, n, place, added, gone, to.exponents, row, to)
 
 
 @njit(**INNER)
-def _two_rows(
-    a: Any, b: Any, c: Any, d: Any, n: int, places: Any, scratch: Any, zero: Any, row: Any, to: Any
-) -> bool:
+def _two_rows(a: Any, b: Any, c: Any, d: Any, n: int, places: Any, sums: Any, zero: Any, to: Any) -> bool:
     """Adds a segment of two rows, reference and candidate of each, if all of it is finite."""
     a_ok, a_low, a_high = survey(a, n, zero)
     b_ok, b_low, b_high = survey(b, n, zero)
@@ -201,24 +200,15 @@ def _two_rows(
         return False
     widen(to.found, REF_LOW, min(a_low, c_low), max(a_high, c_high))
     widen(to.found, CAND_LOW, min(b_low, d_low), max(b_high, d_high))
-    one, other = add_two(a, b, c, d, n, scratch.sums, scratch.exponents)
-    _book(a, b, n, places[0], one, (0, 0), scratch.exponents, scratch.histogram, row[0], to)
-    _book(c, d, n, places[1], other, (0, 0), scratch.other_exponents, scratch.histogram, row[1], to)
+    one, other = add_two(a, b, c, d, n, sums, to.exponents)
+    _book(a, b, n, places[0], one, (0, 0), to.exponents, to.row, to)
+    _book(c, d, n, places[1], other, (0, 0), to.other_exponents, to.other_row, to)
     return True
 
 
 @njit(**INNER)
 def _segment(
-    kind: Any,
-    values: Any,
-    spare: Any,
-    rows: int,
-    n: int,
-    places: Any,
-    scratch: Any,
-    entry: Any,
-    row: Any,
-    to: Any,
+    kind: Any, values: Any, spare: Any, rows: int, n: int, places: Any, sums: Any, entry: Any, to: Any
 ) -> None:
     """Adds a segment of one or two rows; none (`rows` 0) is one that is padded.
 
@@ -229,22 +219,22 @@ def _segment(
         rows: 0, 1 or 2.
         n: elements of the segment.
         places: position in the box of each row's first element.
-        scratch: see `_Scratch`.
+        sums: block of channel sums.
         entry: index of the first channel, and how channels are pooled.
-        row: `[2, 5]`, the fields of `metrics.AxisSums` of each row, to be added to.
-        to: the results.
+        to: see `_Out`.
     """
     zero = kind(0)
     a, b, c, d = at(values[0], kind), at(values[1], kind), at(values[2], kind), at(values[3], kind)
     if rows == 0:
         to.found[PADDED] = largest(a, b, n, to.found[PADDED])
         return
-    if rows == 2 and _two_rows(a, b, c, d, n, places, scratch, zero, row, to):
+    if rows == 2 and _two_rows(a, b, c, d, n, places, sums, zero, to):
         return
     for k in range(rows):
         ref, cand = at(values[2 * k], kind), at(values[2 * k + 1], kind)
         own = (at(spare[2 * k], kind), at(spare[2 * k + 1], kind))
-        _one_row(ref, cand, own, n, places[k], scratch, zero, entry, row[k], to)
+        row = to.other_row if k else to.row
+        _one_row(ref, cand, own, n, places[k], sums, zero, entry, row, to)
 
 
 @njit(**INNER)
@@ -268,7 +258,7 @@ def _valid(mask: Mask, row: int, tokens: int) -> bool:
 
 
 @njit(**INNER)
-def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, row: Any, to: Any) -> None:
+def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, to: Any) -> None:
     """Goes over the rows `i` to `i + rows` of a head, segment by segment; 0 rows are one padded row."""
     ref, cand = box.ref, box.cand
     _, heads, tokens, channels = box.sizes
@@ -282,9 +272,6 @@ def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, r
     )
     numbers = (_position(i, h, heads, tokens) * channels, _position(last, h, heads, tokens) * channels)
     spare = (base, base + 8 * PLACE, base + 16 * PLACE, base + 24 * PLACE)
-    exponents = base + 32 * PLACE
-    histogram = exponents + 4 * SEGMENT
-    blocks = histogram + 4 * BINS * LANES
     for start in range(0, channels, SEGMENT):
         n = min(SEGMENT, channels - start)
         r, c = start * ref.channel * ref.itemsize, start * cand.channel * cand.itemsize
@@ -297,29 +284,45 @@ def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, r
         values = (one, other, one, other)
         if rows == 2:
             values = (one, other, load(ref, raw[2], spare[2], n, wide), load(cand, raw[3], spare[3], n, wide))
-        sums = at(blocks if one_block else blocks + 32 * PITCH * (start // SEGMENT), np.float64)
-        scratch = _Scratch(
-            sums, at(exponents, np.uint16), at(exponents + 2 * SEGMENT, np.uint16), at(histogram, np.uint32)
-        )
+        sums = at(to.blocks if one_block else to.blocks + 32 * PITCH * (start // SEGMENT), np.float64)
         places = (numbers[0] + start, numbers[1] + start)
         entry = (h * channels + start, box.channel)
         if wide:
-            _segment(np.float64, values, spare, rows, n, places, scratch, entry, row, to)
+            _segment(np.float64, values, spare, rows, n, places, sums, entry, to)
         else:
-            _segment(np.float32, values, spare, rows, n, places, scratch, entry, row, to)
+            _segment(np.float32, values, spare, rows, n, places, sums, entry, to)
         if one_block and rows:
-            _flush(sums, n, box.channel, entry[0], rows, to.channel)
+            _flush(sums, n, box.channel, entry[0], rows, to)
 
 
 @njit(**INNER)
-def _scan(box: Box, work: Any, to: Any) -> None:
+def _out(base: int, results: Any) -> Any:
+    """Where the loops write to; `base` is the address of the work space."""
+    rows = base + 32 * PLACE
+    exponents = rows + 8 * ROWS
+    histogram = exponents + 4 * SEGMENT
+    return _Out(
+        at(np.int64(results.found.ctypes.data), np.float64),
+        at(np.int64(results.counts.ctypes.data), np.int64),
+        at(np.int64(results.channel.ctypes.data), np.float64),
+        results.channel.shape[1],
+        at(rows, np.float64),
+        at(rows + 4 * ROWS, np.float64),
+        at(exponents, np.uint16),
+        at(exponents + 2 * SEGMENT, np.uint16),
+        at(histogram, np.uint32),
+        histogram + 4 * BINS * LANES,
+    )
+
+
+@njit(**INNER)
+def _scan(box: Box, work: Any, results: Any) -> None:
     batch, heads, tokens, channels = box.sizes
     base = np.int64(work.ctypes.data)
-    lanes = at(base + 32 * PLACE + 4 * SEGMENT, np.uint32)
-    blocks = base + 32 * PLACE + 4 * SEGMENT + 4 * BINS * LANES
+    to = _out(base, results)
+    token, head = results.token, results.head
     all_rows = batch * tokens
     one_block = all_rows == 1 or box.channel.group > 1
-    row = np.zeros((2, 5))
     for h in range(heads):
         head_entry = (box.head.before + h) // box.head.group
         valid_rows = i = 0
@@ -327,25 +330,27 @@ def _scan(box: Box, work: Any, to: Any) -> None:
             rows = 1 if _valid(box.mask, i, tokens) else 0
             if rows and i + 1 < all_rows and _valid(box.mask, i + 1, tokens):
                 rows = 2
-            row[:] = 0.0
-            _add_rows(box, h, i, rows, base, one_block, row, to)
+            _add_rows(box, h, i, rows, base, one_block, to)
             for j in range(rows):
+                row = to.other_row if j else to.row
                 token_entry = (box.token.before + i + j) // box.token.group
                 for k in range(5):
-                    to.token[k, token_entry] += row[j, k]
-                    to.head[k, head_entry] += row[j, k]
+                    token[k, token_entry] += row[k]
+                    head[k, head_entry] += row[k]
+                    row[k] = 0.0
             valid_rows += rows
             i += max(rows, 1)
         to.counts[ELEMENTS] += valid_rows * channels
         if not one_block:
             for start in range(0, channels, SEGMENT):
-                sums = at(blocks + 32 * PITCH * (start // SEGMENT), np.float64)
-                n = min(SEGMENT, channels - start)
-                _flush(sums, n, box.channel, h * channels + start, valid_rows, to.channel)
+                sums = at(to.blocks + 32 * PITCH * (start // SEGMENT), np.float64)
+                _flush(
+                    sums, min(SEGMENT, channels - start), box.channel, h * channels + start, valid_rows, to
+                )
     for entry in range(BINS):
         for lane in range(LANES):
-            to.exponents[entry] += lanes[entry * LANES + lane]
-    to.exponents[0] -= to.counts[DROPPED]
+            results.exponents[entry] += to.histogram[entry * LANES + lane]
+    results.exponents[0] -= to.counts[DROPPED]
 
 
 def _cached(source: str) -> Any:
@@ -355,9 +360,9 @@ def _cached(source: str) -> Any:
     digest of `loops`, lets it notice a change there.
     """
 
-    def scan(box: Box, work: Any, to: Any) -> None:
+    def scan(box: Box, work: Any, results: Any) -> None:
         _ = source
-        _scan(box, work, to)
+        _scan(box, work, results)
 
     try:
         return njit(cache=True, nogil=True)(scan)

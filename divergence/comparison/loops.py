@@ -350,7 +350,7 @@ def purge(
             spare[0][j] = 0.0
             spare[1][j] = 0.0
             dropped += 1
-            channel[0, (pool.before + first + j) // pool.group] -= 1
+            channel[(pool.before + first + j) // pool.group] -= 1
     return dropped, kept
 
 
