@@ -21,6 +21,7 @@ from divergence.inputs import digest, load_inputs, token_masks
 from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
 from divergence.probes import Probe, Progress, silent
+from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy, SiteResult
 from divergence.sites import matches
@@ -214,7 +215,16 @@ class _Job:
             for pattern in exclude
             if not any(matches(site, pattern) for site in known)
         ]
-        self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
+        self.notes += [
+            f"the tolerance of '{pattern}' applies to nothing: no site of the reference matches it"
+            for pattern in self.tolerance.sites
+            if not any(matches(site, pattern) for site in self.reference.entries)
+        ]
+        pairs, unequal = choose_repeats(
+            self.alignment.pairs, lambda pair: self.candidate.tensor(pair.candidate), self._metrics
+        )
+        self.notes += unequal
+        self.pairs = {pair.reference: pair for pair in pairs}
         metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}
