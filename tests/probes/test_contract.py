@@ -101,7 +101,7 @@ def _pytorch(gain: float | None = None) -> PyTorchProbe:
     """The bundled decoder, with one value projection changed if `gain` is given."""
     model = demo.load()
     if gain is not None:
-        model.get_submodule("layers.1.self_attn.v_proj").weight.mul_(gain)
+        model.state_dict()["layers.1.self_attn.v_proj.weight"].mul_(gain)
     return PyTorchProbe(model)
 
 
