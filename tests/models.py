@@ -42,11 +42,11 @@ def llama(layers: int = 3, **config: Any) -> Any:
     return _build("LlamaForCausalLM", **settings)
 
 
-def _kind(name: str, **config: Any) -> Callable[[], Any]:
+def _kind(name: str, **config: Any) -> Callable[..., Any]:
     return functools.partial(_build, name, **config)
 
 
-MODELS: dict[str, Callable[[], Any]] = {
+MODELS: dict[str, Callable[..., Any]] = {
     "llama": llama,
     "llama-eager": functools.partial(llama, attn_implementation="eager"),
     "llama-uncached": functools.partial(llama, use_cache=False),

@@ -70,6 +70,3 @@ def test_a_gain_of_two_percent_in_either_stack_is_found(
     result = judged(kind, tmp_path / "m.onnx", weight=weight)
     assert result.first_divergence is not None and result.first_divergence.site == site
     assert result.site(site).reason.startswith("introduces a relative error of 0.02,")
-    # Within the layer the fault reaches its output; other layers only pass it on.
-    failing = [s.site for s in result.sites if s.verdict == "fail"]
-    assert {name.rpartition(".")[0] for name in failing} == {site.rpartition(".")[0]}
