@@ -270,6 +270,25 @@ def test_repeats_that_differ_within_the_limits_pass_and_are_said(grouped: dict[s
     assert 0 < (result.site("layers.0.value").rel_l2 or 0) < 1e-4
 
 
+def test_a_fault_in_keys_that_one_output_stacks_is_found_in_its_stack_and_layer() -> None:
+    seed = torch.Generator().manual_seed(0)
+    run = {
+        f"{stack}.layers.{i}.{tensor}": torch.randn(*shape, generator=seed)
+        for stack in ("encoder", "decoder")
+        for i in (0, 1, 2)
+        for tensor, shape in (("key", (1, 4, 7, 5)), ("hidden", (1, 7, 20)))
+    }
+    candidate = {site: t.clone() for site, t in run.items() if site.endswith("hidden")}
+    for stack in ("encoder", "decoder"):
+        keys = torch.stack([run[f"{stack}.layers.{i}.key"] for i in (0, 1, 2)], 1)
+        candidate[f"output.{stack}_keys"] = keys
+    assert against(run, candidate).reason == "all 12 sites are equal to the bit"
+    candidate["output.decoder_keys"][:, 1] *= 1.02
+    result = against(run, candidate)
+    assert [s.site for s in result.sites if s.verdict == "fail"] == ["decoder.layers.1.key"]
+    assert result.site("decoder.layers.1.key").found_cand == "given"
+
+
 def test_a_capture_is_a_source_like_any_other(tmp_path: Path) -> None:
     model, inputs = llama(LAYERS), inputs_for("llama", tokens=33)
     path = tmp_path / "cand.capture"
