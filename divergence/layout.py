@@ -115,17 +115,32 @@ class Permute:
 
 @dataclass(frozen=True)
 class Every:
-    """Takes one of every `repeats` equal heads. That they are equal is for the caller to check."""
+    """Takes one of every `repeats` heads, which repeat one head of the reference.
+
+    Attributes:
+        axis: of the heads.
+        repeats: how often each is repeated.
+        first: which of the repeats is taken.
+        equal: whether all of them are the same, which is for the caller to check
+            (`divergence.repeats`).
+    """
 
     axis: int
     repeats: int
+    first: int = 0
+    equal: bool = True
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first of each run of repeated heads."""
-        return tensor[(slice(None),) * self.axis + (slice(None, None, self.repeats),)]
+        """The taken one of each run of repeated heads."""
+        return tensor[(slice(None),) * self.axis + (slice(self.first, None, self.repeats),)]
 
     def __str__(self) -> str:
-        return f"key/value heads repeated {self.repeats} times, the first of each compared"
+        if self.equal:
+            return f"key/value heads repeated {self.repeats} times, the first of each compared"
+        return (
+            f"key/value heads repeated {self.repeats} times, not equally: repeat {self.first + 1} of each "
+            "compared, the furthest from the reference"
+        )
 
 
 Step = Select | Squeeze | Unsqueeze | Split | Permute | Every
@@ -151,7 +166,7 @@ class Layout:
 
     @property
     def repeats(self) -> Every | None:
-        """The step that drops repeated heads, if there is one."""
+        """The step that takes one of repeated heads, if there is one."""
         return next((step for step in self.steps if isinstance(step, Every)), None)
 
     def __str__(self) -> str:

@@ -19,6 +19,7 @@ from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
 from divergence.prepared import Reference, prepare, valid_tokens
 from divergence.probes import Progress, silent
+from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
@@ -186,7 +187,16 @@ class Job:
             for pattern in exclude
             if not any(matches(site, pattern) for site in known)
         ]
-        self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
+        self.notes += [
+            f"the tolerance of '{pattern}' applies to nothing: no site of the reference matches it"
+            for pattern in self.tolerance.sites
+            if not any(matches(site, pattern) for site in self.reference.entries)
+        ]
+        pairs, unequal = choose_repeats(
+            self.alignment.pairs, lambda pair: self.candidate.tensor(pair.candidate), self._metrics
+        )
+        self.notes += unequal
+        self.pairs = {pair.reference: pair for pair in pairs}
         self.metrics = metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from divergence import verdict
 from divergence.config import Tolerance
 from divergence.result import METRICS, Policy, SiteResult
 from divergence.sites import Site
@@ -116,18 +117,13 @@ def in_words(site: SiteResult, policy: Policy) -> str:
 
 def exceeded_limits(site: SiteResult, policy: Policy) -> list[str]:
     """The absolute limits that `site` exceeds: `mse 3.1e-3 is above the limit 1e-5`."""
-    found = []
-    for name, limit in _tolerance(policy).limits(address(site)).items():
-        value = getattr(site, name, None)
-        if value is None or name not in METRICS:
-            continue
-        higher = METRICS[name].better == "higher"
-        if not (value >= limit if higher else value <= limit):
-            # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
-            found.append(
-                f"{name} {number(value, 6)} is {'below' if higher else 'above'} the limit {number(limit)}"
-            )
-    return found
+    limits = {m: limit for m, limit in _tolerance(policy).limits(address(site)).items() if m in METRICS}
+    figures = {metric: getattr(site, metric) for metric in limits}
+    return [
+        # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
+        f"{found.metric} {number(found.value, 6)} is {found.side} the limit {number(found.limit)}"
+        for found in verdict.exceeded_limits(figures, limits)
+    ]
 
 
 def _tolerance(policy: Policy) -> Tolerance:

@@ -16,6 +16,7 @@ from divergence.config import Config, Tolerance, parse_tolerance
 from divergence.errors import ConfigurationError, InputError
 from divergence.pipeline import compare, record
 from divergence.probes import silent
+from divergence.probes.fake import FakeProbe
 from divergence.probes.pytorch import PyTorchProbe
 from divergence.result import Comparison
 from tests.models import MODELS, inputs_for, llama
@@ -180,6 +181,112 @@ def test_absolute_limits_judge_without_a_floor() -> None:
     result = judged(model, faulty(model, 3), tolerance=strict)
     assert result.first_divergence is not None and result.first_divergence.site == "layers.3.value"
     assert result.site("layers.3.value").reason == "rel_l2 0.02 is above the limit 0.001"
+
+
+def test_a_limit_on_the_introduced_error_is_judged_and_makes_replay_run() -> None:
+    """Without it, all sites of the clean model pass cumulatively and replay is left out."""
+    model = llama(LAYERS)
+    candidate = copy.deepcopy(model)
+    candidate.config._attn_implementation = "eager"
+    assert all(s.introduced is None for s in judged(model, candidate).sites)
+    strict = Tolerance(sites={"layers.4.hidden": {"introduced": 1e-12}})
+    result = judged(model, candidate, tolerance=strict)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.4.hidden"
+    assert result.site("layers.4.hidden").reason.endswith("is above the limit 1e-12")
+    unanswered = judged(model, candidate, tolerance=strict, replay="never")
+    assert unanswered.verdict == "error"
+    assert unanswered.site("layers.4.hidden").reason == (
+        "introduced has a limit (1e-12) and no value here: the site was not replayed"
+    )
+
+
+def test_patterns_of_tolerances_and_exclusions_that_match_no_site_are_said() -> None:
+    model = llama(LAYERS)
+    tolerance = Tolerance(sites={"layers.*.kye": {"mse": 1e-5}, "layers.*.key": {"mse": 1e-5}})
+    result = judged(model, model, tolerance=tolerance, exclude=["layers.9.*"])
+    assert [note for note in result.notes if "matches it" in note] == [
+        "the pattern 'layers.9.*' excludes nothing: no site matches it",
+        "the tolerance of 'layers.*.kye' applies to nothing: no site of the reference matches it",
+    ]
+
+
+def repeated(run: dict[str, Tensor], times: int = 3) -> dict[str, Tensor]:
+    """The same tensors with every key and value head repeated, as grouped queries unrolled have them."""
+    return {
+        site: t.repeat_interleave(times, 1) if site.endswith(("key", "value")) else t.clone()
+        for site, t in run.items()
+    }
+
+
+@pytest.fixture
+def grouped() -> dict[str, Tensor]:
+    """Three key/value heads in each of two layers."""
+    seed = torch.Generator().manual_seed(0)
+    run = {
+        f"layers.{i}.{t}": torch.randn(1, 3, 7, 5, generator=seed) for i in (0, 1) for t in ("key", "value")
+    }
+    return run | {f"layers.{i}.hidden": torch.randn(1, 7, 12, generator=seed) for i in (0, 1)}
+
+
+LIMITS = Tolerance("absolute", sites={"*": {"rel_l2": 1e-3}})
+
+
+def against(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> Comparison:
+    cand = FakeProbe(candidate)
+    return judged(FakeProbe(reference), cand, {"x": torch.zeros(1)}, tolerance=LIMITS, replay="never")
+
+
+def test_heads_repeated_equally_are_compared_once(grouped: dict[str, Tensor]) -> None:
+    grouped["layers.0.key"][0, 0, 0, 0] = float("nan")  # which is equal to itself here
+    result = against(grouped, repeated(grouped))
+    assert (result.verdict, result.reason) == ("pass", "all 6 sites are equal to the bit")
+    assert (
+        result.site("layers.0.key").layout == "key/value heads repeated 3 times, the first of each compared"
+    )
+
+
+@pytest.mark.parametrize("repeat", [0, 1, 2])
+@pytest.mark.parametrize("fault", [1.02, float("nan")])
+def test_a_fault_in_any_repeat_of_a_head_is_seen(
+    repeat: int, fault: float, grouped: dict[str, Tensor]
+) -> None:
+    candidate = repeated(grouped)
+    candidate["layers.1.key"][:, 3 + repeat] *= fault  # one of those that repeat head 1
+    result = against(grouped, candidate)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.1.key"
+    assert f"not equally: repeat {repeat + 1} of each compared" in result.site("layers.1.key").layout
+    assert any(
+        note.startswith("layers.1.key: the 3 repeats of its heads are not equal") for note in result.notes
+    )
+    assert [s.verdict for s in result.sites].count("fail") == 1
+
+
+def test_repeats_that_differ_within_the_limits_pass_and_are_said(grouped: dict[str, Tensor]) -> None:
+    candidate = repeated(grouped)
+    candidate["layers.0.value"][:, 8] *= 1 + 1e-4
+    result = against(grouped, candidate)
+    assert result.verdict == "pass"
+    assert "not equally: repeat 3" in result.site("layers.0.value").layout
+    assert 0 < (result.site("layers.0.value").rel_l2 or 0) < 1e-4
+
+
+def test_a_fault_in_keys_that_one_output_stacks_is_found_in_its_stack_and_layer() -> None:
+    seed = torch.Generator().manual_seed(0)
+    run = {
+        f"{stack}.layers.{i}.{tensor}": torch.randn(*shape, generator=seed)
+        for stack in ("encoder", "decoder")
+        for i in (0, 1, 2)
+        for tensor, shape in (("key", (1, 4, 7, 5)), ("hidden", (1, 7, 20)))
+    }
+    candidate = {site: t.clone() for site, t in run.items() if site.endswith("hidden")}
+    for stack in ("encoder", "decoder"):
+        keys = torch.stack([run[f"{stack}.layers.{i}.key"] for i in (0, 1, 2)], 1)
+        candidate[f"output.{stack}_keys"] = keys
+    assert against(run, candidate).reason == "all 12 sites are equal to the bit"
+    candidate["output.decoder_keys"][:, 1] *= 1.02
+    result = against(run, candidate)
+    assert [s.site for s in result.sites if s.verdict == "fail"] == ["decoder.layers.1.key"]
+    assert result.site("decoder.layers.1.key").found_cand == "given"
 
 
 def test_a_capture_is_a_source_like_any_other(tmp_path: Path) -> None:

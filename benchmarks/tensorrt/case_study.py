@@ -130,9 +130,7 @@ def one(
         shutil.copy(beside(plan), args.record / name / "sidecar.json")
         (args.record / name / "head").write_bytes(plan.read_bytes()[:HEADER])
     started = time.monotonic()
-    result = compare(
-        reference, cand, given, config=Config(), command=f"case_study.py {args.size} {name}"
-    )
+    result = compare(reference, cand, given, config=Config(), command=f"case_study.py {args.size} {name}")
     wall = time.monotonic() - started
     facts = result.environment["candidate"]
     size = plan.stat().st_size / 2**30

@@ -170,9 +170,7 @@ def test_a_missing_plugin_library_is_named() -> None:
 
 def test_the_sidecar_and_the_timing_cache(tmp_path: Path) -> None:
     out, cache = tmp_path / "a.plan", tmp_path / "timing.cache"
-    options = BuildOptions(
-        precision="fp16", level=1, timing_cache=str(cache), plain=False
-    )
+    options = BuildOptions(precision="fp16", level=1, timing_cache=str(cache), plain=False)
     sidecar = build_engine(onnx(), out, options, inputs=INPUTS)
     assert cache.stat().st_size > 0
     assert load_sidecar(out) == sidecar
