@@ -1,0 +1,339 @@
+"""The pairs: a reference, a candidate, inputs, and what is true of the candidate.
+
+`Pair.build(seed)` makes a pair anew; seed 0 is the one that the tests and the table use, and any other seed
+draws other weights, layers and parameters of the same faults.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from divergence.probes.fake import FakeProbe
+from tests.faults import plant
+from tests.faults.models import VOCABULARY, Decoder, Norm, Shape
+from tests.faults.plant import Fault, Planted
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair, ready to compare.
+
+    Attributes:
+        reference, candidate: what `divergence.compare` takes.
+        inputs: by name.
+        truth: what was planted, in execution order; nothing in a clean pair.
+        options: further arguments of `divergence.compare`.
+    """
+
+    reference: Any
+    candidate: Any
+    inputs: Mapping[str, Tensor]
+    truth: tuple[Planted, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """What the comparison has to say."""
+        return "fail" if self.truth else "pass"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A named recipe.
+
+    Attributes:
+        name: of the fault and of the model around it.
+        build: makes the pair from a seed.
+        slow: takes more than a second or two.
+    """
+
+    name: str
+    build: Callable[[int], Case]
+    slow: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the candidate runs, and on what.
+
+    Attributes:
+        precision: of the candidate; `bf16-stored` keeps weights in bf16 and computes in fp32.
+        declared: what the comparison is told of it, if anything.
+        opaque: only the model's outputs are seen, as of an engine.
+        batch, seq: of the inputs.
+        padding: side on which the first row is padded, or "" for none.
+        garbage: padded tokens are others for the candidate.
+    """
+
+    precision: Literal["fp32", "fp16", "bf16", "bf16-stored"] = "fp32"
+    declared: str = ""
+    opaque: bool = False
+    batch: int = 1
+    seq: int = 64
+    padding: Literal["", "left", "right"] = ""
+    exclude: tuple[str, ...] = ()
+
+
+def stored(model: nn.Module, precision: str) -> nn.Module:
+    """`model` with its parameters in `precision`; norms stay in fp32, as they do in careful exports."""
+    dtype = DTYPES.get(precision.removesuffix("-stored"))
+    if dtype is None:
+        return model
+    for module in model.modules():
+        if isinstance(module, Norm):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        if isinstance(module, Decoder) and precision.endswith("-stored"):
+            module.compute = torch.float32
+    return model
+
+
+def inputs_of(setting: Setting, draw: np.random.Generator) -> dict[str, Tensor]:
+    """Ids, and a mask where there is padding."""
+    ids = torch.from_numpy(draw.integers(0, VOCABULARY, (setting.batch, setting.seq)))
+    if not setting.padding:
+        return {"input_ids": ids}
+    mask = torch.ones_like(ids)
+    padded = setting.seq // 4
+    if setting.padding == "left":
+        mask[0, :padded] = 0
+    else:
+        mask[0, -padded:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def pair(name: str, shape: Shape, fault: Fault, setting: Setting | None = None, **change: Any) -> Pair:
+    """A pair of decoders; `change` are fields of `Setting`."""
+    how = replace(setting or Setting(), **change)
+
+    def build(seed: int) -> Case:
+        draw = np.random.default_rng([zlib.crc32(name.encode()), seed])
+        reference = Decoder(shape, int(draw.integers(1 << 31))).eval()
+        inputs = inputs_of(how, draw)
+        with torch.no_grad():
+            candidate, truth = fault(reference, draw)
+        candidate = stored(candidate.eval(), how.precision)
+        options: dict[str, Any] = {"precision": how.declared} if how.declared else {}
+        if how.exclude:
+            options["exclude"] = how.exclude
+        return Case(reference, opaque(candidate, inputs) if how.opaque else candidate, inputs, truth, options)
+
+    return Pair(name, build)
+
+
+def opaque(model: nn.Module, inputs: Mapping[str, Tensor]) -> FakeProbe:
+    """What `model` gives out, and nothing of what is in it."""
+    with torch.inference_mode():
+        outputs = model(**inputs)
+    return FakeProbe({f"output.{name}": tensor for name, tensor in outputs.items()}, source="opaque")
+
+
+LLAMA = Shape()
+GEMMA = Shape(style="gemma", head_dim=32)
+GPT2 = Shape(style="gpt2")
+PADDED = Setting(padding="left", batch=2)
+HALF = Setting(precision="fp16")
+
+
+def _weights() -> list[Pair]:
+    sdpa = replace(LLAMA, attention="sdpa")
+    return [
+        pair("value-gain", replace(LLAMA, layers=12, outputs="stacked"), plant.gain("value", 1.02)),
+        pair("key-gain-fp16", replace(sdpa, layers=8), plant.gain("key", 1.05), HALF),
+        pair("output-gain-bf16", replace(GEMMA, layers=6), plant.gain("output", 1.5), precision="bf16"),
+        pair("down-gain-padded", replace(GPT2, layers=8, attention="sdpa"), plant.gain("down", 0.9), PADDED),
+        pair("value-heads", replace(LLAMA, kv_heads=4, outputs="all"), plant.permuted("value", "head")),
+        pair("key-heads-fused", replace(GPT2, layers=10), plant.permuted("key", "head"), HALF),
+        pair("value-channels", replace(GEMMA, attention="sdpa"), plant.permuted("value", "channel")),
+        pair("key-bias", replace(sdpa, bias=True), plant.no_bias("key")),
+        pair("value-bias-fused-fp16", GPT2, plant.no_bias("value", "all"), HALF),
+        pair("output-bias", replace(GPT2, attention="sdpa"), plant.no_bias("output")),
+        pair("kv-weights", LLAMA, plant.swapped_weights(), precision="bf16"),
+        pair("kv-outputs", replace(LLAMA, outputs="stacked"), plant.swapped_outputs(), opaque=True),
+        pair("layers-swapped", replace(LLAMA, layers=24, attention="sdpa"), plant.layers_swapped),
+        pair("layers-swapped-fp16", replace(GPT2, layers=12), plant.layers_swapped, HALF),
+        pair("keys-zero", replace(LLAMA, layers=18, outputs="stacked"), plant.collapsed("key")),
+        pair("values-constant", replace(GEMMA, layers=8), plant.collapsed("value", value=0.02), HALF),
+    ]
+
+
+def _quantised() -> list[Pair]:
+    sdpa = replace(LLAMA, attention="sdpa", hidden=128, inner=256)
+    return [
+        pair("int8-tensor", sdpa, plant.int8("value", per_tensor=True)),
+        pair("int8-rows-all", replace(sdpa, layers=8), plant.int8("key", "all", per_tensor=False)),
+        pair("int8-down", GEMMA, plant.int8("down", per_tensor=True), HALF),
+        pair("fp8-value-fp16", sdpa, plant.fp8("value"), HALF),
+        pair("fp8-all", replace(GPT2, layers=8), plant.fp8("key", "all")),
+        pair("bf16-weights", replace(sdpa, outputs="stacked"), plant.rounded_weights("key", "bf16", "all")),
+        pair("fp16-weights-one", GPT2, plant.rounded_weights("value", "fp16")),
+        pair("misread-weights", sdpa, plant.misread_weights("value", torch.bfloat16, torch.float16)),
+        pair(
+            "misread-cache",
+            replace(LLAMA, outputs="stacked"),
+            plant.misread(torch.bfloat16, torch.float16),
+            opaque=True,
+        ),
+        pair("accumulate-fp16", sdpa, plant.arithmetic("accumulation_precision", "fp16"), HALF),
+        pair("accumulate-bf16", GEMMA, plant.arithmetic("accumulation_precision", "bf16", 16)),
+        pair("tf32", replace(sdpa, layers=8), plant.arithmetic("tf32", "tf32")),
+        pair("tf32-padded", replace(GPT2, attention="sdpa"), plant.arithmetic("tf32", "tf32"), PADDED),
+    ]
+
+
+def _operators() -> list[Pair]:
+    quiet = replace(LLAMA, scale=0.02)
+    return [
+        pair("eps", replace(quiet, attention="sdpa"), plant.eps(1e-6)),
+        pair("eps-gpt2-fp16", replace(GPT2, scale=0.05, layers=8), plant.eps(1e-3), HALF),
+        pair("eps-second", quiet, plant.eps(1e-3, norm=2, where=None)),
+        pair("offset-missing", replace(GEMMA, layers=8, outputs="stacked"), plant.offset(0.0)),
+        pair("offset-added", replace(LLAMA, attention="sdpa"), plant.offset(1.0, where=None), HALF),
+        pair("gelu-erf", GPT2, plant.activation("gelu", None)),
+        pair("gelu-for-silu", replace(LLAMA, attention="sdpa", layers=8), plant.activation("gelu"), HALF),
+        pair("relu", GEMMA, plant.activation("relu"), precision="bf16"),
+        pair("scale-missing", replace(LLAMA, attention="sdpa"), plant.scores_scaled(4.0)),
+        pair("scale-one-fp16", replace(GPT2, layers=8), plant.scores_scaled(0.25, None), HALF),
+        pair("softmax-bf16", replace(GEMMA, sharpness=6.0), plant.softmax_in("bf16")),
+        pair("softmax-fp16", replace(LLAMA, attention="sdpa", sharpness=4.0), plant.softmax_in("fp16")),
+        pair("softmax-bf16-one", GPT2, plant.softmax_in("bf16", None)),
+    ]
+
+
+def _masks() -> list[Pair]:
+    sdpa = replace(LLAMA, attention="sdpa")
+    return [
+        pair("mask-ahead", replace(LLAMA, attention="sdpa-causal", layers=8), plant.leak()),
+        pair("mask-ahead-one", GPT2, plant.leak(2, None), HALF),
+        pair("mask-weak", sdpa, plant.masking("weak", "layers.0.hidden", "mask_leak"), PADDED),
+        pair("mask-none", GEMMA, plant.unmasked()),
+        pair("mask-none-padded", replace(GPT2, attention="sdpa"), plant.unmasked(), PADDED),
+        pair("mask-inf-padded", LLAMA, plant.masking("inf", "layers.1.hidden", "mask_nan"), PADDED),
+        pair("mask-product-fp16", GPT2, plant.masking("product", "layers.0.hidden", "mask_nan"), HALF),
+    ]
+
+
+def _rotary() -> list[Pair]:
+    sdpa = replace(LLAMA, attention="sdpa")
+    angles = ("position", "inv_freq", "angle")
+    inside = replace(LLAMA, rotary="inside")
+    long = Setting(seq=128)
+    return [
+        pair("rope-bf16", replace(sdpa, outputs="stacked"), plant.rope_rounded("bf16", *angles), long),
+        pair(
+            "rope-fp16", replace(GEMMA, layers=8), plant.rope_rounded("fp16", *angles), long, precision="fp16"
+        ),
+        pair("rope-inv-freq", sdpa, plant.rope_rounded("fp16", "inv_freq"), long, batch=2),
+        pair("rope-one-layer", inside, plant.rope_rounded("bf16", "angle", where=3), long),
+        pair("rope-shift", replace(GEMMA, attention="sdpa"), plant.rope_shifted(1)),
+        pair("rope-shift-fp16", replace(LLAMA, layers=8), plant.rope_shifted(5), HALF),
+        pair("rope-padding", sdpa, plant.positions_with_padding(), PADDED),
+        pair("rope-pairs", replace(GEMMA, outputs="all"), plant.rope_layout()),
+        pair("rope-pairs-fp16", replace(sdpa, layers=8), plant.rope_layout(), HALF),
+    ]
+
+
+def _ranges() -> list[Pair]:
+    rising = replace(LLAMA, layers=8, massive=((2, 45000.0), (5, 45000.0)))
+    large = replace(LLAMA, layers=8, massive=((2, 1000.0),))
+    return [
+        pair("overflow-residual", rising, plant.overflow(5), HALF),
+        pair("overflow-residual-sdpa", replace(rising, style="gemma", attention="sdpa"), plant.overflow(5), HALF),
+        pair("overflow-norm", large, plant.narrow_norms("layers.3.key"), HALF),
+        pair("overflow-norm-gpt2", replace(large, style="gpt2"), plant.narrow_norms("layers.3.key"), HALF),
+    ]
+
+
+def _stale() -> list[Pair]:
+    twice = replace(LLAMA, calls=2)
+    return [
+        pair("stale-second-call", twice, plant.stale_calls()),
+        pair("stale-second-call-fp16", replace(twice, style="gemma", attention="sdpa"), plant.stale_calls(), HALF),
+        pair("stale-frame", replace(LLAMA, outputs="stacked"), plant.stale_cache(64)),
+    ]
+
+
+def _several() -> list[Pair]:
+    return [
+        pair(
+            "two-gains",
+            replace(LLAMA, layers=10),
+            plant.both(plant.gain("value", 1.02, 2), plant.gain("key", 1.03, 7)),
+        ),
+        pair(
+            "heads-and-activation",
+            replace(GPT2, layers=10),
+            plant.both(plant.permuted("key", "head", 2), plant.activation("relu", 7)),
+            HALF,
+        ),
+        pair(
+            "rope-and-int8",
+            replace(LLAMA, attention="sdpa", layers=8),
+            plant.both(
+                plant.rope_rounded("bf16", "position", "inv_freq", "angle"),
+                plant.int8("down", 5, per_tensor=True),
+            ),
+            seq=128,
+        ),
+        pair("noise", replace(LLAMA, layers=8), plant.noise(0.01, 64)),
+        pair("noise-fp16", replace(GPT2, attention="sdpa"), plant.noise(0.05, 64), HALF),
+    ]
+
+
+def _massive() -> list[Pair]:
+    """Faults under a massive activation, which hides them in the norm of the whole tensor."""
+    large = replace(LLAMA, layers=8, massive=((1, 1000.0),))
+    return [
+        pair("massive-down-gain", large, plant.gain("down", 1.1, 4)),
+        pair("massive-value-gain-fp16", replace(large, attention="sdpa"), plant.gain("value", 1.05, 5), HALF),
+        pair("massive-activation-bf16", replace(large, style="gpt2"), plant.activation("relu", 4), precision="bf16"),
+    ]
+
+
+def _clean() -> list[Pair]:
+    sdpa = replace(LLAMA, attention="sdpa")
+    none = plant.nothing
+    other = plant.attention_as
+    massive = ((1, 1000.0),)
+    return [
+        pair("clean-itself", LLAMA, none),
+        pair("clean-sdpa-for-explicit", replace(GEMMA, layers=8), other("sdpa")),
+        pair("clean-explicit-for-causal", replace(LLAMA, attention="sdpa-causal"), other("explicit")),
+        pair("clean-fp16", replace(LLAMA, layers=12, outputs="stacked"), none, HALF),
+        pair("clean-fp16-gpt2", replace(GPT2, attention="sdpa", layers=12), none, HALF),
+        pair("clean-bf16-padded", replace(GEMMA, outputs="all"), other("sdpa"), PADDED, precision="bf16"),
+        pair("clean-bf16-stored", sdpa, none, precision="bf16-stored", declared="bf16-weights"),
+        pair("clean-massive-bf16", replace(LLAMA, layers=8, massive=massive), none, precision="bf16"),
+        pair("clean-massive-fp16", replace(GPT2, massive=massive), none, HALF, batch=2),
+        pair("clean-tf32", sdpa, plant.undeclared(plant.arithmetic("tf32", "tf32")), declared="tf32"),
+        pair("clean-opaque-fp16", replace(LLAMA, outputs="stacked"), none, HALF, opaque=True),
+        pair("clean-24-layers-fp16", replace(sdpa, layers=24, sharpness=4.0), none, HALF, batch=2),
+        pair("clean-two-calls-fp16", replace(GEMMA, calls=2), none, HALF),
+        pair("clean-padding-garbage", LLAMA, plant.garbage_at_padding, PADDED),
+        pair("clean-output-order", replace(LLAMA, outputs="all"), plant.outputs_reordered, HALF),
+        pair("clean-wrapper", replace(GPT2, outputs="interleaved"), plant.wrapped),
+    ]
+
+
+PAIRS: tuple[Pair, ...] = (
+    *_weights(),
+    *_quantised(),
+    *_operators(),
+    *_masks(),
+    *_rotary(),
+    *_ranges(),
+    *_stale(),
+    *_several(),
+    *_massive(),
+    *_clean(),
+)
