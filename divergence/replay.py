@@ -177,10 +177,17 @@ class Replayer:
                 "its error is judged cumulatively"
             )
             return {}, {}
+        # An output that the candidate's hidden states leave as it was (keys and values, which the recorded
+        # outputs of the layers hold) does not follow from them: its error stays cumulative.
+        exact = {name: value for name, value in exact.items() if not self._untouched(name, value)}
         outputs = self._introduced(
             {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
         )
         return starts, outputs
+
+    def _untouched(self, name: str, value: Tensor) -> bool:
+        reference = self._reference(Site.output(name))
+        return reference is not None and torch.equal(value.cpu(), reference)
 
     def _shell(self, run_in: str | None) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
         starts: dict[tuple[str, int], Tensor] = {}
