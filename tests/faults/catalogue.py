@@ -172,7 +172,8 @@ def _quantised() -> list[Pair]:
     return [
         pair("int8-tensor", sdpa, plant.int8("value", per_tensor=True)),
         pair("int8-rows-all", replace(sdpa, layers=8), plant.int8("key", "all", per_tensor=False)),
-        pair("int8-down", GEMMA, plant.int8("down", per_tensor=True), HALF),
+        pair("int8-key-fp16", GEMMA, plant.int8("key", per_tensor=True), HALF),
+        pair("int8-down", GEMMA, plant.int8("down", per_tensor=True)),
         pair("fp8-value-fp16", sdpa, plant.fp8("value"), HALF),
         pair("fp8-all", replace(GPT2, layers=8), plant.fp8("key", "all")),
         pair("bf16-weights", replace(sdpa, outputs="stacked"), plant.rounded_weights("key", "bf16", "all")),
@@ -184,7 +185,13 @@ def _quantised() -> list[Pair]:
             plant.misread(torch.bfloat16, torch.float16),
             opaque=True,
         ),
-        pair("accumulate-fp16", sdpa, plant.arithmetic("accumulation_precision", "fp16"), HALF),
+        pair(
+            "accumulate-fp16",
+            replace(sdpa, hidden=512, layers=4),
+            plant.arithmetic("accumulation_precision", "fp16"),
+            HALF,
+            seq=48,
+        ),
         pair("accumulate-bf16", GEMMA, plant.arithmetic("accumulation_precision", "bf16", 16)),
         pair("tf32", replace(sdpa, layers=8), plant.arithmetic("tf32", "tf32")),
         pair("tf32-padded", replace(GPT2, attention="sdpa"), plant.arithmetic("tf32", "tf32"), PADDED),
@@ -248,7 +255,12 @@ def _ranges() -> list[Pair]:
     large = replace(LLAMA, layers=8, massive=((2, 1000.0),))
     return [
         pair("overflow-residual", rising, plant.overflow(5), HALF),
-        pair("overflow-residual-sdpa", replace(rising, style="gemma", attention="sdpa"), plant.overflow(5), HALF),
+        pair(
+            "overflow-residual-sdpa",
+            replace(rising, style="gemma", attention="sdpa"),
+            plant.overflow(5),
+            HALF,
+        ),
         pair("overflow-norm", large, plant.narrow_norms("layers.3.key"), HALF),
         pair("overflow-norm-gpt2", replace(large, style="gpt2"), plant.narrow_norms("layers.3.key"), HALF),
     ]
@@ -258,7 +270,12 @@ def _stale() -> list[Pair]:
     twice = replace(LLAMA, calls=2)
     return [
         pair("stale-second-call", twice, plant.stale_calls()),
-        pair("stale-second-call-fp16", replace(twice, style="gemma", attention="sdpa"), plant.stale_calls(), HALF),
+        pair(
+            "stale-second-call-fp16",
+            replace(twice, style="gemma", attention="sdpa"),
+            plant.stale_calls(),
+            HALF,
+        ),
         pair("stale-frame", replace(LLAMA, outputs="stacked"), plant.stale_cache(64)),
     ]
 
@@ -296,7 +313,10 @@ def _massive() -> list[Pair]:
     return [
         pair("massive-down-gain", large, plant.gain("down", 1.1, 4)),
         pair("massive-value-gain-fp16", replace(large, attention="sdpa"), plant.gain("value", 1.05, 5), HALF),
-        pair("massive-activation-bf16", replace(large, style="gpt2"), plant.activation("relu", 4), precision="bf16"),
+        pair("massive-activation-bf16", large, plant.activation("relu", 4), precision="bf16"),
+        pair(
+            "massive-scale-bf16", replace(large, style="gemma"), plant.scores_scaled(4.0, 4), precision="bf16"
+        ),
     ]
 
 
@@ -305,6 +325,7 @@ def _clean() -> list[Pair]:
     none = plant.nothing
     other = plant.attention_as
     massive = ((1, 1000.0),)
+    hidden = ("layers.*.hidden",)
     return [
         pair("clean-itself", LLAMA, none),
         pair("clean-sdpa-for-explicit", replace(GEMMA, layers=8), other("sdpa")),
@@ -316,7 +337,7 @@ def _clean() -> list[Pair]:
         pair("clean-massive-bf16", replace(LLAMA, layers=8, massive=massive), none, precision="bf16"),
         pair("clean-massive-fp16", replace(GPT2, massive=massive), none, HALF, batch=2),
         pair("clean-tf32", sdpa, plant.undeclared(plant.arithmetic("tf32", "tf32")), declared="tf32"),
-        pair("clean-opaque-fp16", replace(LLAMA, outputs="stacked"), none, HALF, opaque=True),
+        pair("clean-opaque-fp16", replace(LLAMA, outputs="stacked"), none, HALF, opaque=True, exclude=hidden),
         pair("clean-24-layers-fp16", replace(sdpa, layers=24, sharpness=4.0), none, HALF, batch=2),
         pair("clean-two-calls-fp16", replace(GEMMA, calls=2), none, HALF),
         pair("clean-padding-garbage", LLAMA, plant.garbage_at_padding, PADDED),

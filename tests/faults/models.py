@@ -127,7 +127,9 @@ class Norm(nn.Module):
             gain *= max(1.0, massive / shape.hidden**0.5)
             gain[CHANNEL] = shape.hidden**-0.5
         self.weight = nn.Parameter(gain - self.offset)
-        self.bias = nn.Parameter(0.1 * torch.randn(shape.hidden, generator=generator)) if self.centred else None
+        self.bias = (
+            nn.Parameter(0.1 * torch.randn(shape.hidden, generator=generator)) if self.centred else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises `[..., hidden]`; the result has the dtype of `x`."""
