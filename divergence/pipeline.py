@@ -48,6 +48,7 @@ class Options:
     floor: object = None
     memory: int = 512 << 20
     command: str = ""
+    diagnose: bool = True
 
 
 def compare(
@@ -65,6 +66,7 @@ def compare(
     keep: Path | None = None,
     config: Config | None = None,
     command: str = "",
+    diagnose: bool = True,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -85,6 +87,7 @@ def compare(
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
+        diagnose: look for the cause when the candidate fails.
         progress: told about long work.
 
     Raises:
@@ -93,7 +96,7 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command
+        check_precision(precision) if precision else None, detail, replay, floor, memory, command, diagnose
     )
     tensors = _inputs(inputs, config)
     with _folder(keep) as folder, _quiet_collector():
@@ -225,7 +228,10 @@ class _Job:
                 floors, floor_from = self._floors(pytorch, precision)
             replayed = self._replay(pytorch, precision, metrics, floors)
         self.notes += replayed.notes
-        return self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
+        result = self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
+        if result.verdict != "fail" or pytorch is None or not self.options.diagnose:
+            return result
+        return self._diagnosed(result, pytorch, precision)
 
     def _record(self, probe: Probe, name: str, **run: Any) -> Capture:
         path = self.folder / f"{name}.capture"
@@ -330,6 +336,9 @@ class _Job:
             return ReplayResult(
                 {}, ("the candidate gives no hidden states, so nothing was replayed: errors are cumulative",)
             )
+        return self._replayer(pytorch, precision).run(self.progress)
+
+    def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
         return Replayer(
             pytorch,
             self.inputs,
@@ -338,7 +347,33 @@ class _Job:
             precision,
             self._axes,
             self._mask,
-        ).run(self.progress)
+        )
+
+    def _diagnosed(self, result: Comparison, pytorch: PyTorchProbe, precision: str) -> Comparison:
+        """`result` with the causes of its failing sites."""
+        from divergence.diagnosis import Given, Search
+
+        given = Given(
+            pytorch.model,
+            {site.site: site for site in result.sites},
+            self._reference_tensor,
+            self._candidate_tensor,
+            self._mask,
+            self._axes,
+            precision,
+            self.tolerance.ratio,
+            self.candidate.facts,
+            self.inputs,
+        )
+        replayer = self._replayer(pytorch, precision)
+        introduced = result.policy.judged == "introduced"
+        found = Search(given, pytorch, replayer, introduced=introduced).run(self.progress)
+        return replace(
+            result,
+            causes=tuple(found.causes),
+            diagnosis=tuple(found.hypotheses),
+            notes=(*result.notes, *found.notes),
+        )
 
     def _result(
         self,
