@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from divergence.probes.fake import FakeProbe
 from tests.faults import plant
-from tests.faults.models import VOCABULARY, Decoder, Norm, Shape
-from tests.faults.plant import Fault, Planted
+from tests.faults import plant_weights as weights
+from tests.faults.models import VOCABULARY, Decoder
+from tests.faults.operators import Norm, Shape
+from tests.faults.planting import Fault, Planted
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -148,37 +150,39 @@ HALF = Setting(precision="fp16")
 def _weights() -> list[Pair]:
     sdpa = replace(LLAMA, attention="sdpa")
     return [
-        pair("value-gain", replace(LLAMA, layers=12, outputs="stacked"), plant.gain("value", 1.02)),
-        pair("key-gain-fp16", replace(sdpa, layers=8), plant.gain("key", 1.05), HALF),
-        pair("output-gain-bf16", replace(GEMMA, layers=6), plant.gain("output", 1.5), precision="bf16"),
-        pair("down-gain-padded", replace(GPT2, layers=8, attention="sdpa"), plant.gain("down", 0.9), PADDED),
-        pair("value-heads", replace(LLAMA, kv_heads=4, outputs="all"), plant.permuted("value", "head")),
-        pair("key-heads-fused", replace(GPT2, layers=10), plant.permuted("key", "head"), HALF),
-        pair("value-channels", replace(GEMMA, attention="sdpa"), plant.permuted("value", "channel")),
-        pair("key-bias", replace(sdpa, bias=True), plant.no_bias("key")),
-        pair("value-bias-fused-fp16", GPT2, plant.no_bias("value", "all"), HALF),
-        pair("output-bias", replace(GPT2, attention="sdpa"), plant.no_bias("output")),
-        pair("kv-weights", LLAMA, plant.swapped_weights(), precision="bf16"),
+        pair("value-gain", replace(LLAMA, layers=12, outputs="stacked"), weights.gain("value", 1.02)),
+        pair("key-gain-fp16", replace(sdpa, layers=8), weights.gain("key", 1.05), HALF),
+        pair("output-gain-bf16", replace(GEMMA, layers=6), weights.gain("output", 1.5), precision="bf16"),
+        pair(
+            "down-gain-padded", replace(GPT2, layers=8, attention="sdpa"), weights.gain("down", 0.9), PADDED
+        ),
+        pair("value-heads", replace(LLAMA, kv_heads=4, outputs="all"), weights.permuted("value", "head")),
+        pair("key-heads-fused", replace(GPT2, layers=10), weights.permuted("key", "head"), HALF),
+        pair("value-channels", replace(GEMMA, attention="sdpa"), weights.permuted("value", "channel")),
+        pair("key-bias", replace(sdpa, bias=True), weights.no_bias("key")),
+        pair("value-bias-fused-fp16", GPT2, weights.no_bias("value", "all"), HALF),
+        pair("output-bias", replace(GPT2, attention="sdpa"), weights.no_bias("output")),
+        pair("kv-weights", LLAMA, weights.swapped_weights(), precision="bf16"),
         pair("kv-outputs", replace(LLAMA, outputs="stacked"), plant.swapped_outputs(), opaque=True),
-        pair("layers-swapped", replace(LLAMA, layers=24, attention="sdpa"), plant.layers_swapped),
-        pair("layers-swapped-fp16", replace(GPT2, layers=12), plant.layers_swapped, HALF),
-        pair("keys-zero", replace(LLAMA, layers=18, outputs="stacked"), plant.collapsed("key")),
-        pair("values-constant", replace(GEMMA, layers=8), plant.collapsed("value", value=0.02), HALF),
+        pair("layers-swapped", replace(LLAMA, layers=24, attention="sdpa"), weights.layers_swapped),
+        pair("layers-swapped-fp16", replace(GPT2, layers=12), weights.layers_swapped, HALF),
+        pair("keys-zero", replace(LLAMA, layers=18, outputs="stacked"), weights.collapsed("key")),
+        pair("values-constant", replace(GEMMA, layers=8), weights.collapsed("value", value=0.02), HALF),
     ]
 
 
 def _quantised() -> list[Pair]:
     sdpa = replace(LLAMA, attention="sdpa", hidden=128, inner=256)
     return [
-        pair("int8-tensor", sdpa, plant.int8("value", per_tensor=True)),
-        pair("int8-rows-all", replace(sdpa, layers=8), plant.int8("key", "all", per_tensor=False)),
-        pair("int8-key-fp16", GEMMA, plant.int8("key", per_tensor=True), HALF),
-        pair("int8-down", GEMMA, plant.int8("down", per_tensor=True)),
-        pair("fp8-value-fp16", sdpa, plant.fp8("value"), HALF),
-        pair("fp8-all", replace(GPT2, layers=8), plant.fp8("key", "all")),
-        pair("bf16-weights", replace(sdpa, outputs="stacked"), plant.rounded_weights("key", "bf16", "all")),
-        pair("fp16-weights-one", GPT2, plant.rounded_weights("value", "fp16")),
-        pair("misread-weights", sdpa, plant.misread_weights("value", torch.bfloat16, torch.float16)),
+        pair("int8-tensor", sdpa, weights.int8("value", per_tensor=True)),
+        pair("int8-rows-all", replace(sdpa, layers=8), weights.int8("key", "all", per_tensor=False)),
+        pair("int8-key-fp16", GEMMA, weights.int8("key", per_tensor=True), HALF),
+        pair("int8-down", GEMMA, weights.int8("down", per_tensor=True)),
+        pair("fp8-value-fp16", sdpa, weights.fp8("value"), HALF),
+        pair("fp8-all", replace(GPT2, layers=8), weights.fp8("key", "all")),
+        pair("bf16-weights", replace(sdpa, outputs="stacked"), weights.rounded_weights("key", "bf16", "all")),
+        pair("fp16-weights-one", GPT2, weights.rounded_weights("value", "fp16")),
+        pair("misread-weights", sdpa, weights.misread_weights("value", torch.bfloat16, torch.float16)),
         pair(
             "misread-cache",
             replace(LLAMA, outputs="stacked"),
@@ -285,12 +289,12 @@ def _several() -> list[Pair]:
         pair(
             "two-gains",
             replace(LLAMA, layers=10),
-            plant.both(plant.gain("value", 1.02, 2), plant.gain("key", 1.03, 7)),
+            plant.both(weights.gain("value", 1.02, 2), weights.gain("key", 1.03, 7)),
         ),
         pair(
             "heads-and-activation",
             replace(GPT2, layers=10),
-            plant.both(plant.permuted("key", "head", 2), plant.activation("relu", 7)),
+            plant.both(weights.permuted("key", "head", 2), plant.activation("relu", 7)),
             HALF,
         ),
         pair(
@@ -298,7 +302,7 @@ def _several() -> list[Pair]:
             replace(LLAMA, attention="sdpa", layers=8),
             plant.both(
                 plant.rope_rounded("bf16", "position", "inv_freq", "angle"),
-                plant.int8("down", 5, per_tensor=True),
+                weights.int8("down", 5, per_tensor=True),
             ),
             seq=128,
         ),
@@ -311,8 +315,10 @@ def _massive() -> list[Pair]:
     """Faults under a massive activation, which hides them in the norm of the whole tensor."""
     large = replace(LLAMA, layers=8, massive=((1, 1000.0),))
     return [
-        pair("massive-down-gain", large, plant.gain("down", 1.1, 4)),
-        pair("massive-value-gain-fp16", replace(large, attention="sdpa"), plant.gain("value", 1.05, 5), HALF),
+        pair("massive-down-gain", large, weights.gain("down", 1.1, 4)),
+        pair(
+            "massive-value-gain-fp16", replace(large, attention="sdpa"), weights.gain("value", 1.05, 5), HALF
+        ),
         pair("massive-activation-bf16", large, plant.activation("relu", 4), precision="bf16"),
         pair(
             "massive-scale-bf16", replace(large, style="gemma"), plant.scores_scaled(4.0, 4), precision="bf16"

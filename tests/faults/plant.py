@@ -1,235 +1,41 @@
-"""Faults, each planted into a deep copy of a decoder: changed weights, or a switch of the model's code.
+"""Faults of code, each planted into a deep copy of a decoder by a switch of its operators.
 
 A fault is a function of the clean model and a random generator, from which it draws its layer and its
 parameters. It gives back the copy and what is true of it by construction: the first site that differs, the
-id of the cause, and the parameters.
+id of the cause, and the parameters. Faults of weights are in `tests.faults.plant_weights`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.faults.models import VOCABULARY, Decoder, Norm, Projection
+from tests.faults.models import VOCABULARY, Decoder
+from tests.faults.operators import Norm, Projection
+from tests.faults.planting import HALVES, Fault, Planted, drawn, setting, switched, whole
 
-SITE = {"key": "key", "value": "value"}
-HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Planted:
-    """What is true of a candidate.
-
-    Attributes:
-        site: the first that differs because of this fault.
-        cause: its id.
-        parameters: what can be estimated of it.
-    """
-
-    site: str
-    cause: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-Fault = Callable[[Decoder, np.random.Generator], tuple[nn.Module, tuple[Planted, ...]]]
-
-
-def site_of(layer: int, part: str) -> str:
-    """The first site that a change of this projection reaches."""
-    return f"layers.{layer}.{SITE.get(part, 'hidden')}"
-
-
-def drawn(model: Decoder, draw: np.random.Generator, layer: int | None) -> int:
-    """The layer asked for, or one between the first and the last."""
-    return int(draw.integers(1, model.shape.layers - 1)) if layer is None else layer
-
-
-def _layers(model: Decoder, draw: np.random.Generator, where: int | str | None) -> list[int]:
-    if where == "all":
-        return list(range(model.shape.layers))
-    if where == "from":
-        return list(range(drawn(model, draw, None), model.shape.layers))
-    assert not isinstance(where, str)
-    return [drawn(model, draw, where)]
-
-
-def _changed(
-    cause: str, part: str, change: Callable[[Tensor], Tensor], where: int | str | None, **parameters: Any
-) -> Fault:
-    """The weights of `part` replaced by `change` of them in one layer, all, or all `from` one on."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        layers = _layers(model, draw, where)
-        for layer in layers:
-            weight, _ = made.block(layer).part(part)
-            weight.copy_(change(weight))
-        return made, (Planted(site_of(layers[0], part), cause, {"layer": layers[0], **parameters}),)
-
-    return plant
-
-
-def gain(part: str, factor: float, where: int | str | None = None) -> Fault:
-    """A projection `factor` times too large."""
-    return _changed("weight_scale", part, lambda w: w * factor, where, gain=factor)
-
-
-def collapsed(part: str, where: int | str | None = "from", value: float = 0.0) -> Fault:
-    """A projection of nothing but `value`."""
-    return _changed("weights_collapsed", part, lambda w: torch.full_like(w, value), where)
-
-
-def rounded_weights(part: str, precision: str, where: int | str | None = None) -> Fault:
-    """A projection rounded to half precision in a model that is said to have fp32 weights."""
-    dtype = HALVES[precision]
-    return _changed("weight_precision", part, lambda w: w.to(dtype).to(w.dtype), where, precision=precision)
-
-
-def int8(part: str, where: int | str | None = None, *, per_tensor: bool) -> Fault:
-    """A projection through symmetric int8, with one step for the tensor or one for each output channel."""
-
-    def change(w: Tensor) -> Tensor:
-        step = (w.abs().max() if per_tensor else w.abs().amax(1, keepdim=True)) / 127
-        return torch.clamp((w / step).round(), -127, 127) * step
-
-    return _changed("quant_int8", part, change, where, per_tensor=per_tensor)
-
-
-def fp8(part: str, where: int | str | None = None) -> Fault:
-    """A projection through float8 e4m3 scaled to its largest value."""
-
-    def change(w: Tensor) -> Tensor:
-        step = w.abs().max() / 448
-        return (w / step).to(torch.float8_e4m3fn).to(w.dtype) * step
-
-    return _changed("quant_fp8", part, change, where)
-
-
-def misread_weights(part: str, written: torch.dtype, read: torch.dtype, where: int | None = None) -> Fault:
-    """A projection stored in one 16-bit type and loaded as the other."""
-
-    def change(w: Tensor) -> Tensor:
-        return w.to(written).view(read).to(w.dtype).nan_to_num()
-
-    return _changed("dtype_misread", part, change, where, written=str(written), read=str(read))
-
-
-def permuted(part: str, unit: str, where: int | None = None) -> Fault:
-    """Rows of a projection in another order: whole heads, or the channels of all."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        layer = drawn(model, draw, where)
-        weight, bias = made.block(layer).part(part)
-        size = model.shape.head_dim if unit == "head" else 1
-        count = weight.shape[0] // size
-        order = np.roll(np.arange(count), int(draw.integers(1, count)))
-        if unit == "channel":
-            order = draw.permutation(count)
-        rows = torch.from_numpy((order[:, None] * size + np.arange(size)).reshape(-1))
-        for tensor in (weight, bias):
-            if tensor is not None:
-                tensor.copy_(tensor[rows].clone())
-        parameters = {"layer": layer, "unit": unit, "order": order.tolist()}
-        return made, (Planted(site_of(layer, part), "weight_permuted", parameters),)
-
-    return plant
-
-
-def no_bias(part: str, where: int | str | None = None) -> Fault:
-    """The bias of a projection left out."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        layers = _layers(model, draw, where)
-        for layer in layers:
-            _, bias = made.block(layer).part(part)
-            assert bias is not None
-            bias.zero_()
-        return made, (Planted(site_of(layers[0], part), "bias_missing", {"layer": layers[0]}),)
-
-    return plant
-
-
-def swapped_weights(where: int | str | None = None) -> Fault:
-    """Key and value projections exchanged."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        layers = _layers(model, draw, where)
-        for layer in layers:
-            keys, values = made.block(layer).part("key"), made.block(layer).part("value")
-            for key, value in zip(keys, values, strict=True):
-                if key is not None and value is not None:
-                    kept = key.clone()
-                    key.copy_(value)
-                    value.copy_(kept)
-        return made, (Planted(f"layers.{layers[0]}.key", "kv_swapped", {"layer": layers[0]}),)
-
-    return plant
-
-
-def layers_swapped(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-    """Two layers exchanged."""
-    made = copy.deepcopy(model)
-    first, second = sorted(int(n) for n in draw.choice(model.shape.layers, 2, replace=False))
-    blocks = list(made.blocks)
-    blocks[first], blocks[second] = blocks[second], blocks[first]
-    made.blocks = nn.ModuleList(blocks)
-    return made, (Planted(f"layers.{first}.key", "layer_order", {"layer": first, "holds": second}),)
-
-
-def _switched(
-    cause: str,
-    tensor: str,
-    apply: Callable[[Any], None],
-    where: int | str | None,
-    **parameters: Any,
-) -> Fault:
-    """`apply` called on the blocks of one layer or all; the first site is `tensor` of the first."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        layers = _layers(model, draw, where)
-        for layer in layers:
-            apply(made.block(layer))
-        return made, (Planted(f"layers.{layers[0]}.{tensor}", cause, {"layer": layers[0], **parameters}),)
-
-    return plant
-
-
-def _set(path: str, value: Any) -> Callable[[Any], None]:
-    *owners, name = path.split(".")
-
-    def apply(module: Any) -> None:
-        for owner in owners:
-            module = getattr(module, owner)
-        setattr(module, name, value)
-
-    return apply
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def eps(value: float, norm: int = 1, where: int | str | None = "all") -> Fault:
     """Another epsilon in the norm before attention (1) or before the feed-forward (2)."""
     tensor = "key" if norm == 1 else "hidden"
-    return _switched("norm_eps", tensor, _set(f"norm{norm}.eps", value), where, eps=value)
+    return switched("norm_eps", tensor, setting(f"norm{norm}.eps", value), where, eps=value)
 
 
 def offset(value: float, norm: int = 1, where: int | str | None = "all") -> Fault:
     """Another offset of the gain: 0 where Gemma adds 1, 1 where Llama adds nothing."""
     tensor = "key" if norm == 1 else "hidden"
-    return _switched("norm_offset", tensor, _set(f"norm{norm}.offset", value), where, offset=value)
+    return switched("norm_offset", tensor, setting(f"norm{norm}.offset", value), where, offset=value)
 
 
 def activation(name: str, where: int | str | None = "all") -> Fault:
     """Another activation function."""
-    return _switched("activation", "hidden", _set("feed.activation", name), where, activation=name)
+    return switched("activation", "hidden", setting("feed.activation", name), where, activation=name)
 
 
 def scores_scaled(ratio: float, where: int | str | None = "all") -> Fault:
@@ -238,7 +44,7 @@ def scores_scaled(ratio: float, where: int | str | None = "all") -> Fault:
     def apply(block: Any) -> None:
         block.mixer.factor *= ratio
 
-    return _switched("attention_scale", "hidden", apply, where, ratio=ratio)
+    return switched("attention_scale", "hidden", apply, where, ratio=ratio)
 
 
 def softmax_in(precision: str, where: int | str | None = "all") -> Fault:
@@ -248,33 +54,22 @@ def softmax_in(precision: str, where: int | str | None = "all") -> Fault:
         block.mixer.kind = "explicit"
         block.mixer.softmax = HALVES[precision]
 
-    return _switched("softmax_precision", "hidden", apply, where, precision=precision)
+    return switched("softmax_precision", "hidden", apply, where, precision=precision)
 
 
 def leak(ahead: int = 1, where: int | str | None = "all") -> Fault:
     """A causal mask off by `ahead`: queries see that many later tokens."""
-    return _switched("mask_leak", "hidden", _set("mixer.ahead", ahead), where, ahead=ahead)
+    return switched("mask_leak", "hidden", setting("mixer.ahead", ahead), where, ahead=ahead)
 
 
 def unmasked(where: int | str | None = "all") -> Fault:
     """No mask at all."""
-    return _switched("mask_missing", "hidden", _set("mixer.blind", True), where)
-
-
-def _whole(site: str, cause: str, apply: Callable[[Any], None], **parameters: Any) -> Fault:
-    """`apply` called on the model."""
-
-    def plant(model: Decoder, draw: np.random.Generator) -> tuple[nn.Module, tuple[Planted, ...]]:
-        made = copy.deepcopy(model)
-        apply(made)
-        return made, (Planted(site, cause, parameters),)
-
-    return plant
+    return switched("mask_missing", "hidden", setting("mixer.blind", True), where)
 
 
 def masking(kind: str, site: str, cause: str) -> Fault:
     """Another way to write the mask; see `Decoder.masking`."""
-    return _whole(site, cause, _set("masking", kind), mask=kind)
+    return whole(site, cause, setting("masking", kind), mask=kind)
 
 
 def rope_rounded(precision: str, *rounded: str, where: int | None = None) -> Fault:
@@ -285,28 +80,28 @@ def rope_rounded(precision: str, *rounded: str, where: int | None = None) -> Fau
 
     parameters: dict[str, Any] = {"precision": precision, "rounded": rounded}
     if where is None:
-        return _whole("layers.0.key", "rope_precision", apply, **parameters)
-    return _switched("rope_precision", "key", lambda block: apply(block.mixer), where, **parameters)
+        return whole("layers.0.key", "rope_precision", apply, **parameters)
+    return switched("rope_precision", "key", lambda block: apply(block.mixer), where, **parameters)
 
 
 def rope_shifted(by: int) -> Fault:
     """All positions off by `by`."""
-    return _whole("layers.0.key", "rope_position", _set("rotary.shift", by), shift=by)
+    return whole("layers.0.key", "rope_position", setting("rotary.shift", by), shift=by)
 
 
 def positions_with_padding() -> Fault:
     """Positions count padding too."""
-    return _whole("layers.0.key", "rope_position", _set("counted", False))
+    return whole("layers.0.key", "rope_position", setting("counted", False))
 
 
 def rope_layout(where: int | str = "all") -> Fault:
     """Pairs of neighbours turned instead of halves."""
-    return _switched("rope_layout", "key", _set("mixer.layout", "pairs"), where)
+    return switched("rope_layout", "key", setting("mixer.layout", "pairs"), where)
 
 
 def overflow(layer: int) -> Fault:
     """Nothing but the range of fp16: the residual stream leaves it in the output of `layer`."""
-    return _whole(f"layers.{layer}.hidden", "overflow_residual", lambda _: None, layer=layer)
+    return whole(f"layers.{layer}.hidden", "overflow_residual", lambda _: None, layer=layer)
 
 
 def narrow_norms(site: str) -> Fault:
@@ -317,7 +112,7 @@ def narrow_norms(site: str) -> Fault:
             if isinstance(module, Norm):
                 module.wide = False
 
-    return _whole(site, "overflow_norm", apply)
+    return whole(site, "overflow_norm", apply)
 
 
 def arithmetic(cause: str, kind: str, chunk: int = 1, where: int | None = None, part: str = "") -> Fault:
@@ -329,8 +124,8 @@ def arithmetic(cause: str, kind: str, chunk: int = 1, where: int | None = None, 
                 module.arithmetic, module.chunk = kind, chunk
 
     if where is None:
-        return _whole("layers.0.key", cause, apply, precision=kind)
-    return _switched(cause, "hidden", lambda block: apply(block.feed), where, precision=kind)
+        return whole("layers.0.key", cause, apply, precision=kind)
+    return switched(cause, "hidden", lambda block: apply(block.feed), where, precision=kind)
 
 
 def stale_calls(where: int | None = None) -> Fault:
@@ -371,13 +166,13 @@ def stale_cache(seq: int, batch: int = 1) -> Fault:
 
 def swapped_outputs() -> Fault:
     """Keys handed out as values, and values as keys."""
-    return _whole("layers.0.key", "kv_swapped", _set("swapped", True))
+    return whole("layers.0.key", "kv_swapped", setting("swapped", True))
 
 
 def misread(written: torch.dtype, read: torch.dtype) -> Fault:
     """The bits of keys and values written in one type and read as another."""
     parameters = {"written": str(written), "read": str(read)}
-    return _whole("layers.0.key", "dtype_misread", _set("misread", (written, read)), **parameters)
+    return whole("layers.0.key", "dtype_misread", setting("misread", (written, read)), **parameters)
 
 
 def noise(size: float, seq: int, where: int | None = None) -> Fault:
@@ -424,7 +219,7 @@ def undeclared(fault: Fault) -> Fault:
 
 def attention_as(kind: str) -> Fault:
     """Another way to compute the same attention."""
-    return undeclared(_switched("", "", _set("mixer.kind", kind), "all"))
+    return undeclared(switched("", "", setting("mixer.kind", kind), "all"))
 
 
 class Spoiled(nn.Module):

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.faults.catalogue import DTYPES, Case, Pair, Setting
-from tests.faults.models import ten_bits
-from tests.faults.plant import Planted, site_of
+from tests.faults.operators import ten_bits
+from tests.faults.planting import Planted, site_of
 from tests.models import MODELS, VOCABULARY, llama
 
 Mutation = Callable[[Any, np.random.Generator], tuple[Planted, ...]]
@@ -178,9 +178,9 @@ def _seeing_next(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _tf32(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.forward = _in_tf32(module)
+    linears: list[Any] = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for linear in linears:
+        linear.forward = _in_tf32(linear)
     return (Planted("layers.0.key", "tf32"),)
 
 
@@ -231,12 +231,30 @@ PAIRS: tuple[Pair, ...] = (
         "qwen3",
         _weights("self_attn.v_proj.weight", "value", "weight_precision", lambda w: w.bfloat16().float()),
     ),
-    ready("gemma2-keys-zero", "gemma2", _weights("self_attn.k_proj.weight", "key", "weights_collapsed", torch.zeros_like)),
-    ready("llama-bias", "llama-biased", _weights("self_attn.k_proj.bias", "key", "bias_missing", torch.zeros_like)),
+    ready(
+        "gemma2-keys-zero",
+        "gemma2",
+        _weights("self_attn.k_proj.weight", "key", "weights_collapsed", torch.zeros_like),
+    ),
+    ready(
+        "llama-bias",
+        "llama-biased",
+        _weights("self_attn.k_proj.bias", "key", "bias_missing", torch.zeros_like),
+    ),
     ready("gpt2-bias-fused", "gpt2", _fused_bias, precision="fp16"),
-    ready("gemma2-offset", "gemma2", _weights("input_layernorm.weight", "key", "norm_offset", lambda w: w - 1.0)),
-    ready("qwen3-eps", "qwen3", _attribute("input_layernorm.variance_epsilon", "key", "norm_eps", 1e-3, eps=1e-3)),
-    ready("llama-scale", "llama", _attribute("self_attn.scaling", "hidden", "attention_scale", (8**0.5,), ratio=8**0.5)),
+    ready(
+        "gemma2-offset", "gemma2", _weights("input_layernorm.weight", "key", "norm_offset", lambda w: w - 1.0)
+    ),
+    ready(
+        "qwen3-eps",
+        "qwen3",
+        _attribute("input_layernorm.variance_epsilon", "key", "norm_eps", 1e-3, eps=1e-3),
+    ),
+    ready(
+        "llama-scale",
+        "llama",
+        _attribute("self_attn.scaling", "hidden", "attention_scale", (8**0.5,), ratio=8**0.5),
+    ),
     ready("gpt2-relu", "gpt2", _attribute("mlp.act", "hidden", "activation", nn.ReLU(), activation="relu")),
     ready("llama-kv", "llama", _kv, precision="bf16"),
     ready("llama-order", "llama", _swapped),
