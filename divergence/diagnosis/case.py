@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from divergence.probes import RunFacts
     from divergence.result import SiteResult
 
+ENOUGH = 0.5
+"""A fault that explains no more than this is no explanation."""
+
 SEEN = 4.0
 """An emulated error of less than this many times the floor is taken not to show."""
 
@@ -59,12 +62,15 @@ class Fit:
 
     Attributes:
         explained: share of the squared error at the case's site.
+        convincing: whether more than half is explained of the error, and of the candidate's tensor itself: zeros
+            explain half of the error of any tensor that has nothing to do with the reference's.
         each: the same at every tensor of the unit that fails.
         shown: tensors that pass although the emulation shows there, with its error over the floor.
         overall: mean of `each`, a tensor in `shown` counting as -1.
     """
 
     explained: float
+    convincing: bool = True
     each: Mapping[str, float] = field(default_factory=dict)
     shown: Mapping[str, float] = field(default_factory=dict)
 
@@ -85,6 +91,7 @@ class Case:
         at: the first site of the unit that fails.
         failing: names of its tensors that fail, in execution order.
         applied: faults found before in this unit; the error that is left is looked at.
+        notes: filled with what could not be tried.
     """
 
     given: Given
@@ -92,6 +99,7 @@ class Case:
     at: Site
     failing: tuple[str, ...]
     applied: tuple[Fault, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     @property
     def tensor(self) -> str:
@@ -210,7 +218,15 @@ class Case:
             times = size / max(self.floor(name), _LEAST)
             if times > SEEN * self.given.limit:
                 shown[name] = times
-        return Fit(each.get(self.tensor, 0.0), each, shown)
+        explained = each.get(self.tensor, 0.0)
+        return Fit(explained, self._convincing(explained), each, shown)
+
+    def _convincing(self, explained: float) -> bool:
+        error = float(self.error[self.tensor].square().sum())
+        left = (1.0 - explained) * error
+        held = float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
+        noise = (self.floor(self.tensor) * float(self.valid_clean(self.tensor).norm())) ** 2
+        return explained > ENOUGH and left < (1 - ENOUGH) * max(held, 4 * noise)
 
     def emulated(self, fault: Fault) -> Tensor:
         """The error at the site that `fault` makes."""

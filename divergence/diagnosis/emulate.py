@@ -43,16 +43,23 @@ class LayerUnit:
         replayer: runs it.
         call: which call of which layer.
         hidden: the input `[batch, token, channel]`.
+        stack: all layers of its stack.
         after: the layer whose tensors are looked at instead, where the candidate shows nothing of this
             one's output: it runs, without a fault, on what this one returns.
     """
 
     def __init__(
-        self, replayer: Replayer, call: LayerCall, hidden: Tensor, after: LayerCall | None = None
+        self,
+        replayer: Replayer,
+        call: LayerCall,
+        hidden: Tensor,
+        stack: Sequence[nn.Module] = (),
+        after: LayerCall | None = None,
     ) -> None:
         self.module: nn.Module = call.module
         self.call = call
         self.hidden = hidden
+        self.stack = tuple(stack)
         self._replayer = replayer
         self._after = after
 

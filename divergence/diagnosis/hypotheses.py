@@ -84,7 +84,7 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
             return None
         fault = trial.fault(value)
         if explained < 0.3:  # a second run would only say where else it fails to explain
-            fit = Fit(explained)
+            fit = Fit(explained, convincing=False)
             return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
     fit = case.fit(fault)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.trace import STRUCTURAL, Call, Operator, Trace
@@ -132,41 +129,6 @@ def activations(trace: Trace) -> list[Operator]:
     return trace.named(*ACTIVATIONS)
 
 
-def matrices(case: Case) -> list[str]:
-    """Names of the weights (two axes or more) that the site depends on."""
-    named = dict(case.unit.module.named_parameters())
-    reaching = case.trace.reaching(case.tensor)
-    return [n for n, p in named.items() if p.dim() >= 2 and n in reaching and p.is_floating_point()]
-
-
-def vectors(case: Case) -> list[str]:
-    """Names of the parameters with one axis (gains, biases) that the site depends on."""
-    named = dict(case.unit.module.named_parameters())
-    reaching = case.trace.reaching(case.tensor)
-    return [n for n, p in named.items() if p.dim() == 1 and n in reaching and p.is_floating_point()]
-
-
-def gains(case: Case) -> list[str]:
-    """Names of the gains of norms that the site depends on."""
-    return [n for n in vectors(case) if not n.endswith("bias") and _is_norm(case, n)]
-
-
-def biases(case: Case) -> list[str]:
-    """Names of the biases that the site depends on."""
-    return [
-        n for n in vectors(case) if n.rpartition(".")[2].startswith(("bias", "b_")) or n.endswith("_bias")
-    ]
-
-
-def _is_norm(case: Case, name: str) -> bool:
-    path = name.rpartition(".")[0]
-    kind = type(case.unit.module.get_submodule(path)).__name__.lower()
-    return "norm" in kind or "norm" in path.lower() or path.rpartition(".")[2].startswith("ln")
-
-
-Change = Callable[[Tensor], Tensor]
-
-
 @dataclass(frozen=True)
 class Activated:
     """Where an activation is computed.
@@ -235,17 +197,3 @@ def query_position(call: Call) -> int:
     """Position of the left operand among the arguments of a product."""
     name = getattr(call.func, "__name__", "")
     return 1 if name in ("einsum", "baddbmm") else 0
-
-
-def projection(case: Case, tensor: str) -> str | None:
-    """Name of the weight that a site's tensor is projected with: the last one on the way to it."""
-    made = case.trace.sites.get(tensor)
-    if made is None:
-        return None
-    named = dict(case.unit.module.named_parameters())
-    for index in sorted(case.trace.ancestors(made), reverse=True):
-        operator = case.trace.operators[index]
-        for name in operator.parameters:
-            if named[name].dim() == 2 and operator.name in ("linear", "addmm", "matmul"):
-                return name
-    return None

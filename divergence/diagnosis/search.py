@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from divergence.diagnosis.case import Case, Given, figure
+from divergence.diagnosis.case import ENOUGH, Case, Given, figure
 from divergence.diagnosis.causes import CAUSES
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
 from divergence.diagnosis.hypotheses import Tried, attempt
+from divergence.errors import one_line
 from divergence.probes import Progress, silent
 from divergence.result import Cause, Hypothesis, SiteResult
 from divergence.sites import Site
@@ -22,9 +23,6 @@ from divergence.sites import Site
 if TYPE_CHECKING:
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.replay import Replayer
-
-ENOUGH = 0.5
-"""A fault that explains no more than this is no explanation."""
 
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
@@ -122,12 +120,15 @@ class Search:
         if call.layer == 0 and self._starts is None:
             try:
                 self._starts, _ = self._replayer.run_outside(None)
-            except Exception:  # noqa: S110 - replay has said so already; the recorded input does
+            except Exception:
                 self._starts = {}
         hidden = self._replayer.input_of(call, self._starts or {})
         if hidden is None:
             hidden = self._given.reference(Site(call.layer - 1, "hidden", call.stack, call.call))
-        return None if hidden is None else LayerUnit(self._replayer, call, hidden)
+        return None if hidden is None else LayerUnit(self._replayer, call, hidden, self._stack(site.stack))
+
+    def _stack(self, name: str) -> Sequence[Any]:
+        return next((s.layers for s in self._probe.stacks if s.name == name), ())
 
     def _search(self, case: Case | None, found: Found) -> list[Tried]:
         """Searches a layer until nothing is left to explain; returns what was found."""
@@ -137,8 +138,9 @@ class Search:
                 break
             tried = investigate(case)
             found.hypotheses += [_hypothesis(case, t) for t in tried]
-            if not tried or tried[0].fit is None or tried[0].fit.explained <= ENOUGH:
-                found.causes.append(_unknown(case, tried))
+            found.notes += case.notes
+            if not tried or tried[0].fit is None or not tried[0].fit.convincing:
+                found.causes.append(_from_facts(case, found) or _unknown(case, tried))
                 break
             best = tried[0]
             results.append(best)
@@ -153,7 +155,13 @@ def investigate(case: Case) -> list[Tried]:
     for module in CAUSES:
         tried: Tried | None = None
         for trial in module.trials(case):
-            made = attempt(case, module.ID, trial)
+            try:
+                made = attempt(case, module.ID, trial)
+            except (
+                Exception
+            ) as error:  # an emulation that a model's code cannot bear says nothing of the cause
+                case.notes.append(f"{module.ID} could not be emulated in {case.at} ({one_line(error)})")
+                break
             if made is not None and (tried is None or made.rank > tried.rank + 0.05):
                 tried = made
             if made is not None and _settled(case, made):
@@ -162,7 +170,7 @@ def investigate(case: Case) -> list[Tried]:
             best.append(tried)
             if _settled(case, tried):
                 break
-    return sorted(best, key=lambda t: round(-t.rank, 1))
+    return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
 
 
 def _settled(case: Case, tried: Tried) -> bool:
@@ -182,7 +190,7 @@ def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
             for trial in module.trials(case):
                 if trial.key == tried.trial.key:
                     again = attempt(case, module.ID, trial)
-                    if again is not None and again.fit is not None and again.fit.explained > ENOUGH:
+                    if again is not None and again.fit is not None and again.fit.convincing:
                         return again
     return None
 
@@ -274,6 +282,17 @@ def _untouched(case: Case, each: Mapping[str, float]) -> list[str]:
         for name in case.error
         if name not in each and (result := case.result_of(name)) is not None and result.verdict == "pass"
     ]
+
+
+def _from_facts(case: Case, found: Found) -> Cause | None:
+    """The first cause that facts alone tell."""
+    for module in CAUSES:
+        tell = getattr(module, "facts", None)
+        told = tell(case) if tell is not None else None
+        if told is not None:
+            found.hypotheses.append(_hypothesis(case, told))
+            return _cause(case, told)
+    return None
 
 
 def _unknown(case: Case, tried: Sequence[Tried]) -> Cause:

@@ -107,6 +107,8 @@ class Trace:
     sites: dict[str, int] = field(default_factory=dict)
     _made: dict[int, tuple[weakref.ref[Tensor], int, bool]] = field(default_factory=dict)
     _parameters: dict[int, str] = field(default_factory=dict)
+    # By address: probes look at views that no call in the trace made.
+    _stored: dict[int, int] = field(default_factory=dict)
 
     def name_parameters(self, named: Mapping[str, Tensor]) -> None:
         """Makes the trace know parameters by name."""
@@ -119,8 +121,9 @@ class Trace:
     def mark_site(self, name: str, tensor: Tensor) -> None:
         """Notes which operator made the tensor of a site."""
         found = self._of(tensor)
-        if found is not None:
-            self.sites[name] = found[0]
+        index = found[0] if found is not None and found[1] else self._stored.get(_address(tensor))
+        if index is not None:
+            self.sites[name] = index
 
     def record(
         self, index: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
@@ -156,6 +159,8 @@ class Trace:
             self.constants[index] = arguments[dependent.index(False)]
         for tensor in outputs:
             self._made[id(tensor)] = (weakref.ref(tensor), index, depends)
+            if depends:
+                self._stored[_address(tensor)] = index
 
     def ancestors(self, index: int) -> set[int]:
         """Numbers of all operators that `index` depends on, itself included."""
@@ -271,6 +276,10 @@ def operator_name(func: Any) -> str:
     """`mul` for `Tensor.__mul__`, `Tensor.__rmul__`, `Tensor.mul_` and `torch.mul`."""
     name = str(getattr(func, "__name__", func)).strip("_")
     return _ALIASES.get(name, name)
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from divergence.diagnosis import parts
+from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "bias_missing"
@@ -16,19 +15,19 @@ ID = "bias_missing"
 
 def trials(case: Case) -> Iterator[Trial]:
     """Every bias that the site depends on, left out; then all of them."""
-    names = parts.biases(case)
-    for name in names:
-        yield _trial((name,), f"the bias '{name}' is left out")
-    if len(names) > 1:
-        yield _trial(tuple(names), f"all {len(names)} biases are left out")
+    found = weights.biases(case)
+    for part in found:
+        yield _trial((part,), f"the bias '{part}' is left out")
+    if len(found) > 1:
+        yield _trial(tuple(found), f"all {len(found)} biases are left out")
 
 
-def _trial(names: tuple[str, ...], title: str) -> Trial:
+def _trial(parts: tuple[weights.Part, ...], title: str) -> Trial:
     return Trial(
-        key=names[0] if len(names) == 1 else "all",
+        key=str(parts[0]) if len(parts) == 1 else "all",
         title=title,
-        fault=Fault(parameters=dict.fromkeys(names, torch.zeros_like)),
-        parameters=lambda _: {"parameters": list(names)},
-        fix=f"load or export '{names[0]}' too: check the projection's bias flag in the converter and the key of the "
-        "bias in the checkpoint",
+        fault=weights.fault(parts, torch.zeros_like),
+        parameters=lambda _: {"parameters": [str(part) for part in parts]},
+        fix=f"load or export '{parts[0].name}' too: check the projection's bias flag in the converter and the key of "
+        "the bias in the checkpoint",
     )

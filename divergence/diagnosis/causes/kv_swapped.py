@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from divergence.diagnosis import parts
+from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Fault, Tensors
+from divergence.diagnosis.emulate import Change, Fault, Tensors
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "kv_swapped"
@@ -26,18 +27,17 @@ def trials(case: Case) -> Iterator[Trial]:
             parameters=lambda _: {"exchanged": "outputs"},
             fix="return (key, value) in the reference's order from the export wrapper, and bind outputs by name",
         )
-    key, value = (parts.projection(case, t) for t in ("key", "value"))
-    if key is None or value is None or key == value:
+    key, value = (weights.projection(case, t) for t in ("key", "value"))
+    named = weights.parameters(case)
+    if key is None or value is None or key.of(named[key.name]).shape != value.of(named[value.name]).shape:
         return
-    named = dict(case.unit.module.named_parameters())
-    if named[key].shape == named[value].shape:
-        yield Trial(
-            key="weights",
-            title=f"the weights '{key}' and '{value}' are exchanged",
-            fault=exchanged_weights(key, value, named),
-            parameters=lambda _: {"exchanged": [key, value]},
-            fix=f"exchange '{key}' and '{value}' where the converter maps or splits them",
-        )
+    yield Trial(
+        key="weights",
+        title=f"the weights '{key}' and '{value}' are exchanged",
+        fault=exchanged_weights(key, value, named),
+        parameters=lambda _: {"exchanged": [str(key), str(value)]},
+        fix=f"exchange '{key}' and '{value}' where the converter maps or splits them",
+    )
 
 
 def exchanged(tensors: Tensors) -> Tensors:
@@ -45,18 +45,24 @@ def exchanged(tensors: Tensors) -> Tensors:
     return {**tensors, "key": tensors["value"], "value": tensors["key"]}
 
 
-def exchanged_weights(key: str, value: str, named: dict[str, Tensor]) -> Fault:
+def exchanged_weights(key: weights.Part, value: weights.Part, named: Mapping[str, Tensor]) -> Fault:
     """Weights, and biases where both have one, exchanged."""
     pairs = [(key, value)]
-    bias = tuple(n.rpartition(".")[0] + ".bias" for n in (key, value))
-    if all(n in named for n in bias):
-        pairs.append((bias[0], bias[1]))
-    changes = {}
+    biases = [replace(part, name=f"{part.name.rpartition('.')[0]}.bias", axis=0) for part in (key, value)]
+    if all(bias.name in named for bias in biases):
+        pairs.append((biases[0], biases[1]))
+    changes: dict[str, Change] = {}
     for a, b in pairs:
-        changes[a] = _constant(named[b].detach())
-        changes[b] = _constant(named[a].detach())
+        for to, other in ((a, b), (b, a)):
+            change = to.change(_constant(other.of(named[other.name].detach())))
+            before = changes.get(to.name)
+            changes[to.name] = change if before is None else _then(before, change)
     return Fault(parameters=changes)
 
 
-def _constant(tensor: Tensor) -> parts.Change:
+def _constant(tensor: Tensor) -> Change:
     return lambda _: tensor
+
+
+def _then(first: Change, second: Change) -> Change:
+    return lambda parameter: second(first(parameter))

@@ -29,7 +29,7 @@ def trials(case: Case) -> Iterator[Trial]:
             title=f"{which} with epsilon {{value:.3g}} instead of {known:g}",
             fault=_fault(group),
             starts=_starts(known),
-            accept=lambda epsilon, known=known: epsilon >= 0 and abs(epsilon - known) > 1e-2 * known,
+            accept=lambda epsilon, known=known: 0 <= epsilon < 1 and abs(epsilon - known) > 1e-2 * known,
             parameters=lambda epsilon, known=known: {"epsilon": rounded(epsilon), "reference": known},
             fix=f"set the epsilon of the norm to {known:g} (rms_norm_eps, layer_norm_eps, variance_epsilon)",
         )

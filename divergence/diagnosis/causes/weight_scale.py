@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
-
-from divergence.diagnosis import parts
+from divergence.diagnosis import parts, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
@@ -18,17 +16,19 @@ _FIX = "compare '{name}' in the checkpoint and in the export: a scale was applie
 
 def trials(case: Case) -> Iterator[Trial]:
     """Every weight that the site depends on, times a gain."""
-    for name in [*parts.matrices(case), *parts.gains(case)]:
-        if not only_through_scores(case, name):
-            yield _trial(name, f"'{name}' is {{value:.4g}} times the reference's", _scaled_parameter(name))
+    for part in [*weights.matrices(case), *weights.gains(case), *weights.biases(case)]:
+        if not only_through_scores(case, part):
+            yield _trial(str(part), f"'{part}' is {{value:.4g}} times the reference's", _scaled(part))
     if case.is_layer and case.at.layer == 0:
         title = "what enters the first layer (the embedding) is {value:.4g} times the reference's"
         yield _trial("input", title, lambda gain: Fault(hidden=lambda hidden: hidden * gain))
 
 
-def only_through_scores(case: Case, name: str) -> bool:
+def only_through_scores(case: Case, part: weights.Part) -> bool:
     """Whether a weight acts through the attention scores alone: its gain is the attention's scale."""
-    trace = case.trace
+    trace, name = case.trace, part.name
+    if part.role:
+        return part.role == "query"
     found = parts.attentions(trace)
     if not found or name in trace.reaching("key") | trace.reaching("value"):
         return False
@@ -59,11 +59,5 @@ def _trial(name: str, title: str, fault: Callable[[float], Fault]) -> Trial:
     )
 
 
-def _scaled_parameter(name: str) -> Callable[[float], Fault]:
-    def fault(gain: float) -> Fault:
-        def scaled(weight: Tensor) -> Tensor:
-            return weight * gain
-
-        return Fault(parameters={name: scaled})
-
-    return fault
+def _scaled(part: weights.Part) -> Callable[[float], Fault]:
+    return lambda gain: weights.fault([part], lambda weight: weight * gain)
