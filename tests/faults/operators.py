@@ -121,8 +121,9 @@ class Norm(nn.Module):
         self.eps, self.offset, self.wide = 1e-5, float(shape.style == "gemma"), True
         gain = 1.0 + 0.2 * torch.randn(shape.hidden, generator=generator)
         if massive := shape.massive_before(layer):
-            # As trained models do: the massive channel enters with weight one, the others keep theirs.
-            gain *= max(1.0, massive / shape.hidden**0.5)
+            # As trained models do: the massive channel enters with weight one, and so do the others, whose
+            # variance grows by about a half in each layer.
+            gain *= max(1.0, massive / shape.hidden**0.5) * (1 + 0.5 * layer) ** -0.5
             gain[CHANNEL] = shape.hidden**-0.5
         self.weight = nn.Parameter(gain - self.offset)
         self.bias = (
