@@ -21,7 +21,7 @@ import divergence
 from divergence.config import Config
 from divergence.result import Comparison
 from tests.faults import catalogue, ready
-from tests.faults.catalogue import Case, Pair
+from tests.faults.pairs import Case, Pair
 from tests.faults.planting import Planted
 
 PAIRS: tuple[Pair, ...] = (*catalogue.PAIRS, *ready.PAIRS)

@@ -1,144 +1,15 @@
-"""The pairs: a reference, a candidate, inputs, and what is true of the candidate.
-
-`Pair.build(seed)` makes a pair anew; seed 0 is the one that the tests and the table use, and any other seed
-draws other weights, layers and parameters of the same faults.
-"""
+"""The pairs of this folder's own decoders, by what is wrong with them."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from divergence.probes.fake import FakeProbe
 from tests.faults import plant
 from tests.faults import plant_weights as weights
-from tests.faults.models import VOCABULARY, Decoder
-from tests.faults.operators import Norm, Shape
-from tests.faults.planting import Fault, Planted
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A pair, ready to compare.
-
-    Attributes:
-        reference, candidate: what `divergence.compare` takes.
-        inputs: by name.
-        truth: what was planted, in execution order; nothing in a clean pair.
-        options: further arguments of `divergence.compare`.
-    """
-
-    reference: Any
-    candidate: Any
-    inputs: Mapping[str, Tensor]
-    truth: tuple[Planted, ...]
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def verdict(self) -> str:
-        """What the comparison has to say."""
-        return "fail" if self.truth else "pass"
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A named recipe.
-
-    Attributes:
-        name: of the fault and of the model around it.
-        build: makes the pair from a seed.
-        slow: takes more than a second or two.
-    """
-
-    name: str
-    build: Callable[[int], Case]
-    slow: bool = False
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the candidate runs, and on what.
-
-    Attributes:
-        precision: of the candidate; `bf16-stored` keeps weights in bf16 and computes in fp32.
-        declared: what the comparison is told of it, if anything.
-        opaque: only the model's outputs are seen, as of an engine.
-        batch, seq: of the inputs.
-        padding: side on which the first row is padded, or "" for none.
-        garbage: padded tokens are others for the candidate.
-    """
-
-    precision: Literal["fp32", "fp16", "bf16", "bf16-stored"] = "fp32"
-    declared: str = ""
-    opaque: bool = False
-    batch: int = 1
-    seq: int = 64
-    padding: Literal["", "left", "right"] = ""
-    exclude: tuple[str, ...] = ()
-
-
-def stored(model: nn.Module, precision: str) -> nn.Module:
-    """`model` with its parameters in `precision`; norms stay in fp32, as they do in careful exports."""
-    dtype = DTYPES.get(precision.removesuffix("-stored"))
-    if dtype is None:
-        return model
-    for module in model.modules():
-        if isinstance(module, Norm):
-            continue
-        for parameter in module.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        if isinstance(module, Decoder) and precision.endswith("-stored"):
-            module.compute = torch.float32
-    return model
-
-
-def inputs_of(setting: Setting, draw: np.random.Generator) -> dict[str, Tensor]:
-    """Ids, and a mask where there is padding."""
-    ids = torch.from_numpy(draw.integers(0, VOCABULARY, (setting.batch, setting.seq)))
-    if not setting.padding:
-        return {"input_ids": ids}
-    mask = torch.ones_like(ids)
-    padded = setting.seq // 4
-    if setting.padding == "left":
-        mask[0, :padded] = 0
-    else:
-        mask[0, -padded:] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def pair(name: str, shape: Shape, fault: Fault, setting: Setting | None = None, **change: Any) -> Pair:
-    """A pair of decoders; `change` are fields of `Setting`."""
-    how = replace(setting or Setting(), **change)
-
-    def build(seed: int) -> Case:
-        draw = np.random.default_rng([zlib.crc32(name.encode()), seed])
-        reference = Decoder(shape, int(draw.integers(1 << 31))).eval()
-        inputs = inputs_of(how, draw)
-        with torch.no_grad():
-            candidate, truth = fault(reference, draw)
-        candidate = stored(candidate.eval(), how.precision)
-        options: dict[str, Any] = {"precision": how.declared} if how.declared else {}
-        if how.exclude:
-            options["exclude"] = how.exclude
-        return Case(reference, opaque(candidate, inputs) if how.opaque else candidate, inputs, truth, options)
-
-    return Pair(name, build)
-
-
-def opaque(model: nn.Module, inputs: Mapping[str, Tensor]) -> FakeProbe:
-    """What `model` gives out, and nothing of what is in it."""
-    with torch.inference_mode():
-        outputs = model(**inputs)
-    return FakeProbe({f"output.{name}": tensor for name, tensor in outputs.items()}, source="opaque")
-
+from tests.faults.operators import Shape
+from tests.faults.pairs import Pair, Setting, pair
 
 LLAMA = Shape()
 GEMMA = Shape(style="gemma", head_dim=32)
@@ -163,7 +34,7 @@ def _weights() -> list[Pair]:
         pair("value-bias-fused-fp16", GPT2, weights.no_bias("value", "all"), HALF),
         pair("output-bias", replace(GPT2, attention="sdpa"), weights.no_bias("output")),
         pair("kv-weights", LLAMA, weights.swapped_weights(), precision="bf16"),
-        pair("kv-outputs", replace(LLAMA, outputs="stacked"), plant.swapped_outputs(), opaque=True),
+        pair("kv-outputs", replace(LLAMA, outputs="stacked"), plant.swapped_outputs(), opaque="outputs"),
         pair("layers-swapped", replace(LLAMA, layers=24, attention="sdpa"), weights.layers_swapped),
         pair("layers-swapped-fp16", replace(GPT2, layers=12), weights.layers_swapped, HALF),
         pair("keys-zero", replace(LLAMA, layers=18, outputs="stacked"), weights.collapsed("key")),
@@ -187,7 +58,7 @@ def _quantised() -> list[Pair]:
             "misread-cache",
             replace(LLAMA, outputs="stacked"),
             plant.misread(torch.bfloat16, torch.float16),
-            opaque=True,
+            opaque="outputs",
         ),
         pair(
             "accumulate-fp16",
@@ -326,6 +197,108 @@ def _massive() -> list[Pair]:
     ]
 
 
+def _stored() -> list[Pair]:
+    """Weights kept in bf16, activations in fp32: a floor of bf16 weights."""
+    sdpa = replace(LLAMA, attention="sdpa")
+    how = Setting(precision="bf16-stored", declared="bf16-weights")
+    long = replace(how, seq=128)
+    return [
+        pair("stored-value-gain", replace(sdpa, layers=10), weights.gain("value", 1.05), how),
+        pair("stored-up-gain", replace(GPT2, layers=8), weights.gain("up", 1.2), how),
+        pair("stored-key-bias", replace(LLAMA, bias=True), weights.no_bias("key", "all"), how),
+        pair("stored-heads", replace(sdpa, kv_heads=4), weights.permuted("key", "head"), how),
+        pair("stored-rope", GEMMA, plant.rope_rounded("bf16", "position", "inv_freq", "angle"), long),
+        pair("stored-rope-shift", replace(sdpa, layers=8), plant.rope_shifted(-1), how),
+        pair("stored-eps", replace(LLAMA, scale=0.02), plant.eps(1e-3), how),
+        pair("stored-offset", GEMMA, plant.offset(0.0, norm=2, where=None), how),
+        pair("stored-relu", replace(GPT2, attention="sdpa"), plant.activation("relu"), how),
+        pair("stored-scale", replace(sdpa, layers=24), plant.scores_scaled(2.0), how),
+        pair("stored-order", replace(GEMMA, layers=12), weights.layers_swapped, how),
+        pair("stored-leak", LLAMA, plant.leak(3), how, batch=2),
+    ]
+
+
+def _opaque() -> list[Pair]:
+    """Candidates of which no more is seen than of an engine; without hidden states there is no replay."""
+    sdpa = replace(LLAMA, attention="sdpa")
+    none = ("layers.*.hidden",)
+    outputs = Setting(opaque="outputs")
+    hidden = Setting(opaque="hidden", exclude=("layers.*.key", "layers.*.value"))
+    angles = ("position", "inv_freq", "angle")
+    return [
+        pair(
+            "opaque-rope",
+            replace(sdpa, layers=8, outputs="stacked"),
+            plant.rope_rounded("bf16", *angles),
+            outputs,
+        ),
+        pair(
+            "opaque-rope-fp16",
+            replace(GEMMA, layers=8, outputs="stacked"),
+            plant.rope_rounded("fp16", *angles),
+            outputs,
+            precision="fp16",
+            seq=128,
+        ),
+        pair(
+            "opaque-key-gain",
+            replace(LLAMA, layers=24, outputs="interleaved"),
+            weights.gain("key", 1.02),
+            outputs,
+        ),
+        pair(
+            "opaque-value-heads",
+            replace(sdpa, kv_heads=4, outputs="interleaved"),
+            weights.permuted("value", "head"),
+            outputs,
+            batch=3,
+        ),
+        pair(
+            "opaque-offset",
+            replace(GEMMA, layers=12, outputs="stacked"),
+            plant.offset(0.0),
+            outputs,
+            precision="bf16",
+        ),
+        pair(
+            "opaque-swapped", replace(LLAMA, outputs="interleaved"), plant.swapped_outputs(), outputs, batch=2
+        ),
+        pair(
+            "opaque-zero",
+            replace(LLAMA, layers=18, outputs="stacked"),
+            weights.collapsed("key"),
+            outputs,
+            precision="fp16",
+        ),
+        pair("hidden-down-gain", replace(sdpa, layers=12), weights.gain("down", 1.1), hidden),
+        pair("hidden-value-gain", replace(GPT2, layers=8), weights.gain("value", 1.2), hidden),
+        pair(
+            "hidden-activation",
+            replace(GEMMA, attention="sdpa"),
+            plant.activation("relu", None),
+            hidden,
+            precision="fp16",
+        ),
+        pair("hidden-rope", replace(LLAMA, layers=8), plant.rope_rounded("bf16", *angles), hidden, seq=128),
+        pair(
+            "hidden-overflow",
+            replace(LLAMA, layers=8, massive=((2, 45000.0), (5, 45000.0))),
+            plant.overflow(5),
+            hidden,
+            precision="fp16",
+        ),
+        pair(
+            "clean-opaque-interleaved",
+            replace(sdpa, layers=24, outputs="interleaved"),
+            plant.nothing,
+            outputs,
+            precision="fp16",
+            exclude=none,
+        ),
+        pair("clean-hidden-bf16", replace(GEMMA, layers=12), plant.nothing, hidden, precision="bf16"),
+    ]
+
+
 def _clean() -> list[Pair]:
     sdpa = replace(LLAMA, attention="sdpa")
     none = plant.nothing
@@ -343,7 +316,14 @@ def _clean() -> list[Pair]:
         pair("clean-massive-bf16", replace(LLAMA, layers=8, massive=massive), none, precision="bf16"),
         pair("clean-massive-fp16", replace(GPT2, massive=massive), none, HALF, batch=2),
         pair("clean-tf32", sdpa, plant.undeclared(plant.arithmetic("tf32", "tf32")), declared="tf32"),
-        pair("clean-opaque-fp16", replace(LLAMA, outputs="stacked"), none, HALF, opaque=True, exclude=hidden),
+        pair(
+            "clean-opaque-fp16",
+            replace(LLAMA, outputs="stacked"),
+            none,
+            HALF,
+            opaque="outputs",
+            exclude=hidden,
+        ),
         pair("clean-24-layers-fp16", replace(sdpa, layers=24, sharpness=4.0), none, HALF, batch=2),
         pair("clean-two-calls-fp16", replace(GEMMA, calls=2), none, HALF),
         pair("clean-padding-garbage", LLAMA, plant.garbage_at_padding, PADDED),
@@ -362,5 +342,7 @@ PAIRS: tuple[Pair, ...] = (
     *_stale(),
     *_several(),
     *_massive(),
+    *_stored(),
+    *_opaque(),
     *_clean(),
 )

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.faults.catalogue import DTYPES, Case, Pair, Setting
 from tests.faults.operators import ten_bits
+from tests.faults.pairs import DTYPES, Case, Pair, Setting
 from tests.faults.planting import Planted, site_of
 from tests.models import MODELS, VOCABULARY, llama
 

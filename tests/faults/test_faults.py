@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.faults.bench import PAIRS, Row, run, summary, table
-from tests.faults.catalogue import Pair
 from tests.faults.models import Decoder
 from tests.faults.operators import Shape, accumulated, ten_bits
+from tests.faults.pairs import Pair
 from tests.faults.planting import Planted
 
 CAUSES = {

@@ -80,4 +80,4 @@ def test_a_fault_in_smollm2_is_found(model: Any, prompt: Any, fault: str) -> Non
     result = divergence.compare(model, candidate, prompt, config=Config())
     assert result.verdict == "fail"
     assert result.first_divergence is not None and result.first_divergence.site == site, result.reason
-    print(fault, [(c.id, c.site, c.explained, dict(c.parameters)) for c in result.causes])
+    assert (result.causes[0].id, result.causes[0].site) == (cause, site)
