@@ -70,16 +70,18 @@ class Row:
         return all(self.causes.get(planted.site) == planted.cause for planted in self.truth)
 
 
-def judged(case: Case) -> Comparison:
+def judged(case: Case, *, diagnose: bool = True) -> Comparison:
     """Compares a case, with no configuration file."""
-    return divergence.compare(case.reference, case.candidate, case.inputs, config=Config(), **case.options)
+    return divergence.compare(
+        case.reference, case.candidate, case.inputs, config=Config(), diagnose=diagnose, **case.options
+    )
 
 
-def run(pair: Pair, seed: int = 0) -> Row:
+def run(pair: Pair, seed: int = 0, *, diagnose: bool = True) -> Row:
     """Builds and compares one pair."""
     case = pair.build(seed)
     started = time.perf_counter()
-    result = judged(case)
+    result = judged(case, diagnose=diagnose)
     seconds = time.perf_counter() - started
     first = result.first_divergence.site if result.first_divergence else None
     causes: dict[str, str] = {}

@@ -260,9 +260,7 @@ def _opaque() -> list[Pair]:
             outputs,
             precision="bf16",
         ),
-        pair(
-            "opaque-swapped", replace(LLAMA, outputs="interleaved"), plant.swapped_outputs(), outputs, batch=2
-        ),
+        pair("opaque-swapped", replace(LLAMA, outputs="interleaved"), plant.swapped_outputs(), outputs),
         pair(
             "opaque-zero",
             replace(LLAMA, layers=18, outputs="stacked"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,12 +23,30 @@ CAUSES = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Products this small take ten times as long on two threads of a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_the_verdict_and_the_first_divergence_are_true(pair: Pair) -> None:
-    row = run(pair)
+    row = run(pair, diagnose=False)
     assert row.verdict_right, row.reason
     assert row.site_right, f"{row.site}, planted at {row.truth[0].site}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_nine_of_ten_causes_are_named_and_none_where_nothing_is_wrong() -> None:
+    rows = [run(pair) for pair in PAIRS]
+    assert not [row.pair for row in rows if not row.truth and row.causes]
+    wrong = {row.pair: row.causes for row in rows if not row.cause_right}
+    assert len(wrong) <= 0.1 * sum(bool(row.truth) for row in rows), wrong
 
 
 def test_the_catalogue_covers_every_cause_and_enough_clean_pairs() -> None:
@@ -56,12 +75,12 @@ def test_attention_written_out_and_fused_agree(style: str) -> None:
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     kinds = ("explicit", "sdpa", "sdpa-causal")
-    models = [Decoder(Shape(style=style, attention=kind, layers=2), 3).double() for kind in kinds]  # type: ignore[arg-type]
+    models = [Decoder(Shape(style=style, attention=kind, layers=2), 3) for kind in kinds]  # type: ignore[arg-type]
     for given in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
         with torch.inference_mode():
             first, *others = (model(**given)["last_hidden_state"][0, 4:] for model in models)
         for other in others:
-            torch.testing.assert_close(other, first, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(other, first, rtol=1e-4, atol=1e-4)
 
 
 def test_a_later_token_changes_nothing_before_it() -> None:
