@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 ENOUGH = 0.5
 """A fault that explains no more than this is no explanation."""
 
+WORTH_MORE = 0.3
+"""A fault that explains less than this at the site is not looked at elsewhere."""
+
 SEEN = 4.0
 """An emulated error of less than this many times the floor is taken not to show."""
 
@@ -142,6 +145,22 @@ class Case:
                 found[name] = seen.to(tensor.device)
         return found
 
+    @cached_property
+    def nonfinite(self) -> bool:
+        """Whether the candidate holds NaN or Inf at the site where the reference does not, padding included."""
+        return bool(self._lost(self.candidate[self.tensor]).any())
+
+    def _lost(self, tensor: Tensor) -> Tensor:
+        """Where `tensor` is not finite and the reference is."""
+        return ~tensor.isfinite() & self.clean[self.tensor].isfinite()
+
+    def _agreement(self, fault: Fault) -> Fit:
+        """Share of the places that are not finite in the candidate or in the emulation that both share."""
+        made = self._run(fault, self.trace.unchanged(fault, products=False))[self.tensor]
+        seen, emulated = self._lost(self.candidate[self.tensor]), self._lost(made)
+        share = float((seen & emulated).sum()) / max(1.0, float((seen | emulated).sum()))
+        return Fit(share, share > ENOUGH, {self.tensor: share})
+
     def site_of(self, name: str) -> Site:
         """The site of another tensor of the unit."""
         return self.at.with_tensor(name) if self.at.layer is not None else Site.output(name)
@@ -197,15 +216,20 @@ class Case:
         return self.valid(name, self.clean[name])
 
     def fit(self, fault: Fault) -> Fit:
-        """How well `fault` explains the error."""
-        with torch.inference_mode():
-            faulty = self.unit.run((*self.applied, fault))
-        emulated = {
-            name: self.difference(name, faulty[name], self.clean[name])
-            for name in self.error
-            if name in faulty and faulty[name].shape == self.clean[name].shape
-        }
-        return self.judge(emulated)
+        """How well `fault` explains the error; where the candidate holds NaN or Inf, those."""
+        if self.nonfinite:
+            return self._agreement(fault)
+        explained = share(self.error[self.tensor], self.emulated(fault))
+        if explained < WORTH_MORE:
+            return Fit(explained, convincing=False)
+        faulty = self._run(fault, self.trace.unchanged(fault, products=False))
+        return self.judge(
+            {
+                name: self.difference(name, self._like(name, faulty[name]), self.clean[name])
+                for name in self.error
+                if name in faulty
+            }
+        )
 
     def judge(self, emulated: Mapping[str, Tensor]) -> Fit:
         """How well emulated errors, by tensor, explain the candidate's."""
@@ -226,13 +250,34 @@ class Case:
         left = (1.0 - explained) * error
         held = float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
         noise = (self.floor(self.tensor) * float(self.valid_clean(self.tensor).norm())) ** 2
-        return explained > ENOUGH and left < (1 - ENOUGH) * max(held, 4 * noise)
+        return explained > ENOUGH and left < (1 - ENOUGH) * max(held, 4 * noise, 1e-4 * error)
 
     def emulated(self, fault: Fault) -> Tensor:
-        """The error at the site that `fault` makes."""
+        """The error at the site that `fault` makes. Only what lies between the two is computed."""
+        keys = self.tensor in ("key", "value", "cross_key", "cross_value")
+        reuse = self.trace.unchanged(fault, products=not keys)
+        for index in self.trace.skippable(self.tensor):
+            reuse[index] = self.trace.results[index]
+        faulty = self._run(fault, reuse)
+        return self.difference(self.tensor, self._like(self.tensor, faulty[self.tensor]), self.clean[self.tensor])
+
+    def _like(self, name: str, tensor: Tensor) -> Tensor:
+        """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for one."""
+        clean = self.clean[name]
+        if tensor.dim() == 4 and tensor.shape[1] < clean.shape[1] and clean.shape[1] % tensor.shape[1] == 0:
+            return tensor.repeat_interleave(clean.shape[1] // tensor.shape[1], 1)
+        return tensor
+
+    def _run(self, fault: Fault, reuse: Mapping[int, Tensor]) -> Mapping[str, Tensor]:
+        if (
+            fault.outputs is not None
+            and not fault.parameters
+            and fault.operators is None
+            and fault.hidden is None
+        ):
+            return fault.outputs(dict(self.clean))
         with torch.inference_mode():
-            faulty = self.unit.run((*self.applied, fault))[self.tensor]
-        return self.difference(self.tensor, faulty, self.clean[self.tensor])
+            return self.unit.run((*self.applied, fault), reuse=reuse)
 
     def with_applied(self, fault: Fault, at: Site, failing: tuple[str, ...]) -> Case:
         """The case of what is left when `fault` is taken out."""

@@ -63,16 +63,27 @@ class LayerUnit:
         self._replayer = replayer
         self._after = after
 
-    def run(self, faults: Sequence[Fault] = (), trace: Trace | None = None) -> Tensors:
-        """Tensors of the layer with `faults` put in, by name."""
+    def run(
+        self,
+        faults: Sequence[Fault] = (),
+        trace: Trace | None = None,
+        reuse: Mapping[int, Tensor] | None = None,
+    ) -> Tensors:
+        """Tensors of the layer by name.
+
+        Args:
+            faults: put in.
+            trace: records the operators.
+            reuse: what operators return instead of being computed, by number.
+        """
         hidden = self.hidden
         for fault in faults:
             hidden = hidden if fault.hidden is None else fault.hidden(hidden)
-        with faulty(self.module, faults, trace) as mode:
+        with faulty(self.module, faults, trace, reuse) as mode:
             if trace is not None:
                 hidden = hidden.view_as(hidden)  # its own identity: the trace follows it
                 trace.mark_input(hidden)
-            seen = trace.mark_site if trace is not None else None
+            seen = trace.mark_site if trace is not None and self._after is None else None
             tensors = self._replayer.run_layer(self.call, hidden, None, within=mode, seen=seen)
         if self._after is not None:
             tensors = self._replayer.run_layer(self._after, tensors["hidden"], None)
@@ -94,9 +105,14 @@ class OutsideUnit:
         self.call: LayerCall | None = None
         self._replayer = replayer
 
-    def run(self, faults: Sequence[Fault] = (), trace: Trace | None = None) -> Tensors:
-        """The model's outputs with `faults` put in, by name."""
-        with faulty(self.module, faults, trace) as mode:
+    def run(
+        self,
+        faults: Sequence[Fault] = (),
+        trace: Trace | None = None,
+        reuse: Mapping[int, Tensor] | None = None,
+    ) -> Tensors:
+        """The model's outputs by name; arguments as of `LayerUnit.run`."""
+        with faulty(self.module, faults, trace, reuse) as mode:
             seen = trace.mark_input if trace is not None else None
             _, tensors = self._replayer.run_outside(None, within=mode, seen=seen)
         for fault in faults:
@@ -108,9 +124,16 @@ Unit = LayerUnit | OutsideUnit
 
 
 @contextlib.contextmanager
-def faulty(module: nn.Module, faults: Sequence[Fault], trace: Trace | None) -> Iterator[Interceptor]:
+def faulty(
+    module: nn.Module,
+    faults: Sequence[Fault],
+    trace: Trace | None = None,
+    reuse: Mapping[int, Tensor] | None = None,
+) -> Iterator[Interceptor]:
     """Changes parameters of `module` for the duration, and hands over a mode that changes operators."""
     handlers: dict[int, list[Handler]] = {}
+    for index, result in (reuse or {}).items():
+        handlers[index] = [_returning(result)]
     for fault in faults:
         for index, handler in (fault.operators() if fault.operators else {}).items():
             handlers.setdefault(index, []).append(handler)
@@ -134,3 +157,7 @@ def faulty(module: nn.Module, faults: Sequence[Fault], trace: Trace | None) -> I
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return module.get_submodule(path), leaf
+
+
+def _returning(result: Tensor) -> Handler:
+    return lambda _: result

@@ -63,6 +63,21 @@ class Tried:
     against: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Told:
+    """A cause that the facts of the run tell, without an emulation.
+
+    Attributes:
+        id, title, fix: as of `divergence.result.Cause`.
+        evidence: sentences.
+    """
+
+    id: str
+    title: str
+    evidence: tuple[str, ...]
+    fix: str
+
+
 class CauseModule(Protocol):
     """One file in `divergence.diagnosis.causes`."""
 
@@ -79,13 +94,10 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
     if isinstance(trial.fault, Fault):
         fault = trial.fault
     else:
-        value, explained = estimate(case, trial.fault, trial.starts)
+        value, _ = estimate(case, trial.fault, trial.starts)
         if not trial.accept(value):
             return None
         fault = trial.fault(value)
-        if explained < 0.3:  # a second run would only say where else it fails to explain
-            fit = Fit(explained, convincing=False)
-            return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
     fit = case.fit(fault)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
 

@@ -21,13 +21,22 @@ Hide = Callable[[Tensor], Tensor]
 """From what is hidden, bool `[..., query, key]`, to what is hidden instead."""
 
 
-def with_mask(attention: Attention, hide: Hide, value: float | None = None) -> Fault:
-    """The fault of another mask; `value` is what hidden scores are given, as the reference does if None."""
+def with_mask(
+    attention: Attention, hide: Hide, value: float | None = None, *, seen: float | None = None
+) -> Fault:
+    """The fault of another mask.
+
+    Args:
+        attention: whose.
+        hide: what it hides.
+        value: what hides; as the reference has it if None.
+        seen: what is added where nothing is hidden; as the reference has it if None.
+    """
 
     def make() -> dict[int, Handler]:
         if attention.fused is not None:
-            return {attention.fused: lambda call: _fused(call, hide, value)}
-        return {index: lambda call: _written(call, hide, value) for index in attention.masks}
+            return {attention.fused: lambda call: _fused(call, hide, value, seen)}
+        return {index: lambda call: _written(call, hide, value, seen) for index in attention.masks}
 
     return Fault(operators=make)
 
@@ -118,36 +127,36 @@ def same(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _fused(call: Call, hide: Hide, value: float | None) -> Any:
+def _fused(call: Call, hide: Hide, value: float | None, seen: float | None) -> Any:
     query, key = call.argument(0, "query"), call.argument(1, "key")
     like = torch.empty(query.shape[-2], key.shape[-2], dtype=query.dtype, device=query.device)
     mask = additive(call, like)
     mask = torch.zeros_like(like) if mask is None else mask.to(query.dtype)
-    return written_out(call, mask=_changed(mask, hide, value))
+    return written_out(call, mask=_changed(mask, hide, value, seen))
 
 
-def _changed(mask: Tensor, hide: Hide, value: float | None) -> Tensor:
+def _changed(mask: Tensor, hide: Hide, value: float | None, seen: float | None) -> Tensor:
     hidden = mask < HIDES
     wanted = hide(hidden)
     low = torch.full((), value, dtype=mask.dtype, device=mask.device) if value is not None else mask.min()
-    kept = torch.where(hidden, torch.zeros_like(mask), mask)
+    kept = torch.where(hidden, torch.zeros_like(mask), mask if seen is None else mask + seen)
     # Where nothing changes the mask's own value stays, whatever the reference hides with.
     return torch.where(wanted, torch.where(hidden & (value is None), mask, low), kept)
 
 
-def _written(call: Call, hide: Hide, value: float | None) -> Any:
+def _written(call: Call, hide: Hide, value: float | None, seen: float | None) -> Any:
     name = getattr(call.func, "__name__", "").strip("_")
     if name == "where":
         condition, left, right = call.args
         chosen = isinstance(left, Tensor) and left.numel() > 1 and left.dim() >= 3
         scores, low = (left, right) if chosen else (right, left)
         hidden = ~condition if chosen else condition
-        return torch.where(hide(hidden), _low(low, value, scores), scores)
+        return torch.where(hide(hidden), _low(low, value, scores), scores + (seen or 0.0))
     if name.startswith("masked_fill"):
         scores, hidden, low = call.args
-        return torch.where(hide(hidden), _low(low, value, scores), scores)
+        return torch.where(hide(hidden), _low(low, value, scores), scores + (seen or 0.0))
     at = _mask_at(call)
-    changed = _changed(call.args[at], hide, value)
+    changed = _changed(call.args[at], hide, value, seen)
     return call.func(*(changed if i == at else a for i, a in enumerate(call.args)), **call.kwargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.trace import STRUCTURAL, Call, Operator, Trace
+from divergence.diagnosis.trace import ACTIVATING, STRUCTURAL, Call, Operator, Trace
 
 _FUSED_NORMS = ("layer_norm", "rms_norm", "native_layer_norm")
 _ROOTS = ("rsqrt", "sqrt", "pow")
@@ -21,9 +21,6 @@ _ELEMENTWISE = STRUCTURAL | {
     "maximum",
     "max",
 }
-ACTIVATIONS = frozenset(
-    {"gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "elu", "leaky_relu", "hardswish", "mish"}
-)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ def brings_mask(operator: Operator) -> bool:
 
 def activations(trace: Trace) -> list[Operator]:
     """The activation functions."""
-    return trace.named(*ACTIVATIONS)
+    return trace.named(*ACTIVATING)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,14 @@ the next layer that fails; only what it leaves there is looked for anew.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from divergence.diagnosis.case import ENOUGH, Case, Given, figure
-from divergence.diagnosis.causes import CAUSES
+from divergence.diagnosis import narrow, nonfinite
+from divergence.diagnosis.causes import CAUSES, NONFINITE
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
-from divergence.diagnosis.hypotheses import Tried, attempt
+from divergence.diagnosis.hypotheses import Told, Tried, attempt
 from divergence.errors import one_line
 from divergence.probes import Progress, silent
 from divergence.result import Cause, Hypothesis, SiteResult
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
+_UNKNOWN = 2  # layers in a row without a cause after which the search ends
 _PER_LAYER = 3  # independent faults looked for in one layer
 
 
@@ -65,31 +67,54 @@ class Search:
     def run(self, progress: Progress = silent) -> Found:
         """Searches the failing layers in execution order."""
         found = Found()
+        self._told(found)
         known: list[Tried] = []
         groups = list(self._groups())
-        searched = 0
+        searched = unknown = 0
         for done, failing in enumerate(groups):
             progress("looking for the cause", done, len(groups))
-            case = self._case(failing)
-            if case is None:
+            lost = nonfinite.has_lost(failing)
+            case = self._nonfinite(failing[0]) if lost else self._case(failing)
+            if case is None or (lost and not case.nonfinite):
                 continue
-            again = _recognised(case, known)
+            again = None if lost else _recognised(case, known)
             if again is not None:
                 _extend(found, again, case)
                 case = _remaining(case, again)
                 if case is None:
                     continue
-            if searched == _LAYERS:
+            if searched == _LAYERS or unknown == _UNKNOWN:
                 left = len(groups) - done
                 found.notes.append(
                     f"causes were looked for in {searched} layers; {left} more that fail were not searched"
                 )
                 break
             searched += 1
-            known += self._search(case, found)
-            if not self._introduced:
-                break
+            results = self._search(case, found, failing[0].site)
+            known += results
+            unknown = 0 if results else unknown + 1
+            if lost or not self._introduced:
+                break  # what follows is made of this
         return found
+
+    def _told(self, found: Found) -> None:
+        """Causes that the facts of the run tell."""
+        first = next((r.site for r in self._given.results.values() if r.verdict == "fail"), "")
+        for module in CAUSES:
+            tell = getattr(module, "told", None)
+            told: Told | None = tell(self._given) if tell is not None else None
+            if told is not None:
+                found.causes.append(Cause(told.id, told.title, told.evidence, None, told.fix, first))
+                found.hypotheses.append(Hypothesis(first, told.id, told.title, told.evidence, fix=told.fix))
+
+    def _nonfinite(self, failing: SiteResult) -> Case | None:
+        """The case of the first site that is not finite, padding included."""
+        site = nonfinite.origin(self._given, failing)
+        unit = OutsideUnit(self._replayer, self._probe.model) if site.layer is None else self._layer(site)
+        if unit is None:
+            return None
+        case = Case(self._given, unit, site, (site.tensor,))
+        return case if site.tensor in case.candidate else None
 
     def _groups(self) -> Iterator[list[SiteResult]]:
         """Failing sites by layer call, in execution order."""
@@ -130,29 +155,54 @@ class Search:
     def _stack(self, name: str) -> Sequence[Any]:
         return next((s.layers for s in self._probe.stacks if s.name == name), ())
 
-    def _search(self, case: Case | None, found: Found) -> list[Tried]:
-        """Searches a layer until nothing is left to explain; returns what was found."""
+    def _search(self, case: Case | None, found: Found, site: str) -> list[Tried]:
+        """Searches a layer until nothing is left to explain; returns what was found.
+
+        Args:
+            case: the layer.
+            found: is added to.
+            site: where the error shows first, if it is not where it arises (NaN at padding).
+        """
         results: list[Tried] = []
         for _ in range(_PER_LAYER):
             if case is None:
                 break
             tried = investigate(case)
+            case, tried = self._before(case, tried)
             found.hypotheses += [_hypothesis(case, t) for t in tried]
             found.notes += case.notes
+            shown = site if not results else str(case.at)
             if not tried or tried[0].fit is None or not tried[0].fit.convincing:
-                found.causes.append(_from_facts(case, found) or _unknown(case, tried))
+                found.causes.append(replace(_from_facts(case, found) or _unknown(case, tried), site=shown))
                 break
             best = tried[0]
             results.append(best)
-            found.causes.append(_cause(case, best))
-            case = _remaining(case, best)
+            found.causes.append(replace(_cause(case, best), site=shown))
+            case = None if case.nonfinite else _remaining(case, best)
         return results
+
+    def _before(self, case: Case, tried: list[Tried]) -> tuple[Case, list[Tried]]:
+        """Where the candidate shows no hidden states and nothing was found in the layer itself: the layer
+        before, whose output only the keys and values of this one show."""
+        unit = case.unit
+        if _convinces(tried) or not isinstance(unit, LayerUnit) or not case.at.layer or case.applied:
+            return case, tried
+        before = Site(case.at.layer - 1, "hidden", case.at.stack, case.at.call)
+        if self._given.candidate(before) is not None:
+            return case, tried
+        earlier = self._layer(before)
+        if earlier is None:
+            return case, tried
+        spanning = LayerUnit(self._replayer, earlier.call, earlier.hidden, earlier.stack, after=unit.call)
+        other = replace(case, unit=spanning, notes=[])
+        again = investigate(other)
+        return (other, again) if _convinces(again) else (case, tried)
 
 
 def investigate(case: Case) -> list[Tried]:
     """The best trial of every cause, best first. Ends early when one leaves nothing but noise."""
     best: list[Tried] = []
-    for module in CAUSES:
+    for module in NONFINITE if case.nonfinite else CAUSES:
         tried: Tried | None = None
         for trial in module.trials(case):
             try:
@@ -171,6 +221,10 @@ def investigate(case: Case) -> list[Tried]:
             if _settled(case, tried):
                 break
     return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
+
+
+def _convinces(tried: Sequence[Tried]) -> bool:
+    return bool(tried) and tried[0].fit is not None and tried[0].fit.convincing
 
 
 def _settled(case: Case, tried: Tried) -> bool:
@@ -217,8 +271,6 @@ def _remaining(case: Case, tried: Tried) -> Case | None:
 
 def _extend(found: Found, again: Tried, case: Case) -> None:
     """Adds a site to a cause that was found before."""
-    from dataclasses import replace
-
     for i, cause in enumerate(found.causes):
         if cause.id == again.id:
             sites = [*cause.parameters.get("sites", [cause.site]), str(case.at)]
@@ -265,13 +317,14 @@ def _evidence(case: Case, tried: Tried) -> tuple[tuple[str, ...], tuple[str, ...
     fit = tried.fit
     if fit is not None:
         for name, explained in fit.each.items():
-            words = f"put into the reference it explains {100 * explained:.4g} % of the error of {case.site_of(name)}"
+            what = "places that are not finite" if case.nonfinite else "error"
+            words = f"put into the reference it explains {100 * explained:.4g} % of the {what} of {case.site_of(name)}"
             (supporting if explained > ENOUGH else against).append(words)
         for name, times in fit.shown.items():
             against.append(f"it would show at {case.site_of(name)} ({times:.3g}x the floor), which passes")
         if fit.explained > ENOUGH:
             supporting += tried.trial.evidence(case, tried.value)
-            supporting += _untouched(case, fit.each)
+            supporting += list(nonfinite.facts(case)) if case.nonfinite else _untouched(case, fit.each)
     return tuple(supporting), tuple(against)
 
 
@@ -296,14 +349,12 @@ def _from_facts(case: Case, found: Found) -> Cause | None:
 
 
 def _unknown(case: Case, tried: Sequence[Tried]) -> Cause:
-    from divergence.diagnosis.narrow import facts
-
     closest = [
         f"{t.id} {100 * t.fit.explained:.3g} %"
         for t in tried[:3]
         if t.fit is not None and t.fit.explained > 0.02
     ]
-    evidence = [*facts(case)]
+    evidence = list(nonfinite.facts(case)) if case.nonfinite else narrow.facts(case)
     if closest:
         evidence.append(f"closest of {len(tried)} causes tried: {', '.join(closest)} of the error explained")
     else:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    from divergence.diagnosis.emulate import Fault
 
 _ALIASES = {
     "rmul": "mul",
@@ -33,6 +36,16 @@ _ALIASES = {
     "einsum": "matmul",
     "masked_fill": "where",
 }
+
+_IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "__itruediv__", "__setitem__", "__ipow__"})
+
+ACTIVATING = frozenset(
+    {"gelu", "silu", "relu", "relu6", "sigmoid", "tanh", "elu", "leaky_relu", "hardswish", "mish"}
+)
+"""Activation functions."""
+
+COSTLY = ACTIVATING | {"linear", "addmm", "matmul", "softmax", "scaled_dot_product_attention"}
+"""Operators whose results are worth keeping."""
 
 STRUCTURAL = frozenset(
     {
@@ -99,11 +112,13 @@ class Trace:
         operators: by number; calls that return no tensor have none.
         constants: for products with a tensor that does not depend on the hidden input, that tensor by the
             operator's number.
+        results: what the costly operators returned, by number.
         sites: number of the operator that made a site's tensor, by the tensor's name.
     """
 
     operators: dict[int, Operator] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
+    results: dict[int, Tensor] = field(default_factory=dict)
     sites: dict[str, int] = field(default_factory=dict)
     _made: dict[int, tuple[weakref.ref[Tensor], int, bool]] = field(default_factory=dict)
     _parameters: dict[int, str] = field(default_factory=dict)
@@ -157,10 +172,52 @@ class Trace:
         )
         if name == "mul" and depends and len(arguments) == 2 and not all(dependent):
             self.constants[index] = arguments[dependent.index(False)]
+        if depends and name in COSTLY and isinstance(result, Tensor):
+            self.results[index] = result
+        if _in_place(func):
+            self._forget(outputs[0])
         for tensor in outputs:
             self._made[id(tensor)] = (weakref.ref(tensor), index, depends)
             if depends:
                 self._stored[_address(tensor)] = index
+
+    def unchanged(self, fault: Fault, *, products: bool) -> dict[int, Tensor]:
+        """Results of costly operators that `fault` cannot change, by number.
+
+        Args:
+            fault: what is put in.
+            products: also those of attention, which probes read keys and values from.
+        """
+        if fault.hidden is not None:
+            return {}
+        dirty = set(fault.operators()) if fault.operators else set()
+        for operator in self.operators.values():
+            touched = any(name in fault.parameters for name in operator.parameters)
+            if touched or any(i in dirty for i in operator.inputs):
+                dirty.add(operator.index)
+        kept = {i: t for i, t in self.results.items() if i not in dirty}
+        return kept if products else {i: t for i, t in kept.items() if self._plain(i)}
+
+    def skippable(self, site: str) -> list[int]:
+        """Numbers of costly operators that the tensor of `site` does not depend on, products of
+        attention left out."""
+        made = self.sites.get(site)
+        if made is None:
+            return []
+        needed = self.ancestors(made)
+        return [i for i in self.results if i not in needed and self._plain(i)]
+
+    def _plain(self, index: int) -> bool:
+        """Whether an operator is no product of attention."""
+        operator = self.operators[index]
+        return operator.name in ACTIVATING or (
+            operator.name not in ("softmax", "scaled_dot_product_attention") and not all(operator.dependent)
+        )
+
+    def _forget(self, tensor: Tensor) -> None:
+        """Drops results that share memory with a tensor that was written into."""
+        written = _address(tensor)
+        self.results = {i: t for i, t in self.results.items() if _address(t) != written}
 
     def ancestors(self, index: int) -> set[int]:
         """Numbers of all operators that `index` depends on, itself included."""
@@ -276,6 +333,13 @@ def operator_name(func: Any) -> str:
     """`mul` for `Tensor.__mul__`, `Tensor.__rmul__`, `Tensor.mul_` and `torch.mul`."""
     name = str(getattr(func, "__name__", func)).strip("_")
     return _ALIASES.get(name, name)
+
+
+def _in_place(func: Any) -> bool:
+    """Whether a torch function writes into its first argument."""
+    name = str(getattr(func, "__name__", ""))
+    dunder = name.startswith("__")
+    return (dunder and name in _IN_PLACE) or (not dunder and name.endswith("_"))
 
 
 def _address(tensor: Tensor) -> int:

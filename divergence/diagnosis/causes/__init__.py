@@ -27,10 +27,20 @@ from divergence.diagnosis.causes import (
     weight_permuted,
     weight_precision,
     weight_scale,
+    mask_nan,
+    overflow_norm,
+    overflow_residual,
+    observer_effect,
+    stream_hazard,
     weights_collapsed,
 )
 
 CAUSES: tuple[Any, ...] = (
+    stream_hazard,
+    observer_effect,
+    mask_nan,
+    overflow_residual,
+    overflow_norm,
     kv_swapped,
     stale_kv,
     bias_missing,
@@ -55,3 +65,6 @@ CAUSES: tuple[Any, ...] = (
     weight_permuted,
     accumulation_precision,
 )
+
+NONFINITE: tuple[Any, ...] = (mask_nan, overflow_residual, overflow_norm)
+"""Those that can make NaN or Inf."""
