@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from divergence.comparison import compare_tensors
-from divergence.emulation import cast, reduced
+from divergence.emulation import cast, mapped, reduced
 from divergence.errors import one_line
 from divergence.noise import Floor, MaskOf, emulated
 from divergence.probes import Observation, Progress, silent
@@ -206,13 +206,30 @@ class Replayer:
                 "its error is judged cumulatively"
             )
             return {}, {}
-        # An output that the candidate's hidden states leave as it was (keys and values, which the recorded
-        # outputs of the layers hold) does not follow from them: its error stays cumulative.
+        # An output that what the candidate's layers gave leaves as it was does not follow from it (but from
+        # a cache beside them, say): its error stays cumulative.
         exact = {name: value for name, value in exact.items() if not self._untouched(name, value)}
         outputs = self._introduced(
             {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
         )
         return starts, outputs
+
+    def _handed_on(self, output: Any, site: Site) -> Any:
+        """What a layer returned, with the candidate's key and value in place of the reference's: a model
+        that hands them out as its own outputs then adds no error of its own to them."""
+        held = []
+        for tensor in ("key", "value"):
+            ref, cand = (take(site.with_tensor(tensor)) for take in (self._reference, self._candidate))
+            if ref is not None and cand is not None and ref.shape == cand.shape:
+                held.append((ref, cand))
+
+        def answered(value: Tensor) -> Tensor:
+            for ref, cand in held:
+                if value.shape == ref.shape and torch.equal(value.cpu(), ref):
+                    return cand.to(value.device, value.dtype)
+            return value
+
+        return mapped(output, answered) if held and not isinstance(output, torch.Tensor) else output
 
     def _untouched(self, name: str, value: Tensor) -> bool:
         reference = self._reference(Site.output(name))
@@ -255,7 +272,7 @@ class Replayer:
                 hidden = hidden if run_in is None else cast(hidden, run_in)
                 if seen is not None:
                     seen(hidden)
-                return with_first_tensor(record.output, hidden)
+                return self._handed_on(with_first_tensor(record.output, hidden), site)
 
             return call
 

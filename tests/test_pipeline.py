@@ -257,8 +257,8 @@ def test_a_second_stack_is_replayed_on_what_the_first_one_gave_it() -> None:
     assert result.first_divergence.site == "encoder.layers.1.value"
 
 
-def test_keys_that_the_model_returns_have_the_floor_of_their_layers() -> None:
-    """Not that of storing the reference's keys once: no layer's hidden state leads to them."""
+def test_keys_that_the_model_returns_are_those_of_its_layers() -> None:
+    """What a model hands on from its layers is no error of its own, and was judged there."""
     model, inputs = (
         DemoDecoder(DemoConfig(layers=16)),
         {"input_ids": inputs_for("llama", tokens=33)["input_ids"]},
@@ -266,8 +266,14 @@ def test_keys_that_the_model_returns_have_the_floor_of_their_layers() -> None:
     clean = judged(model, stored(model, "fp16"), inputs)
     assert clean.verdict == "pass", clean.reason
     assert (clean.site("output.keys").rel_l2 or 0.0) > 4 * 2.0**-12, "within the floor of storing them once"
-    assert clean.site("output.keys").introduced is None
-    assert clean.site("output.logits").introduced is not None
+    assert clean.site("output.keys").introduced == 0.0
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("layers.5.self_attn.k_proj").weight.mul_(1.1)
+    result = judged(model, stored(wrong, "fp16"), inputs)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.5.key"
+    assert result.site("output.keys").verdict == "pass"
+    assert result.site("output.keys").reason.startswith("propagated")
 
 
 def test_a_fault_beside_a_massive_activation_does_not_hide_below_its_rounding() -> None:

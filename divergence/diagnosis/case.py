@@ -259,7 +259,9 @@ class Case:
         for index in self.trace.skippable(self.tensor):
             reuse[index] = self.trace.results[index]
         faulty = self._run(fault, reuse)
-        return self.difference(self.tensor, self._like(self.tensor, faulty[self.tensor]), self.clean[self.tensor])
+        return self.difference(
+            self.tensor, self._like(self.tensor, faulty[self.tensor]), self.clean[self.tensor]
+        )
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for one."""
