@@ -69,6 +69,7 @@ class Fit:
             explain half of the error of any tensor that has nothing to do with the reference's.
         each: the same at every tensor of the unit that fails.
         shown: tensors that pass although the emulation shows there, with its error over the floor.
+        left: for each tensor the relative L2 error that stays unexplained, over its floor.
         overall: mean of `each`, a tensor in `shown` counting as -1.
     """
 
@@ -76,6 +77,7 @@ class Fit:
     convincing: bool = True
     each: Mapping[str, float] = field(default_factory=dict)
     shown: Mapping[str, float] = field(default_factory=dict)
+    left: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def overall(self) -> float:
@@ -95,6 +97,7 @@ class Case:
         failing: names of its tensors that fail, in execution order.
         applied: faults found before in this unit; the error that is left is looked at.
         notes: filled with what could not be tried.
+        memory: what is worked out once: parts of the layer, and the number of emulations (`runs`).
     """
 
     given: Given
@@ -103,6 +106,7 @@ class Case:
     failing: tuple[str, ...]
     applied: tuple[Fault, ...] = ()
     notes: list[str] = field(default_factory=list)
+    memory: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def tensor(self) -> str:
@@ -205,11 +209,24 @@ class Case:
 
     @cached_property
     def noise(self) -> float:
-        """Share of the squared error at the site that the floor alone makes up."""
-        size = float(self.error[self.tensor].norm()) / max(
+        """Share of the squared error at the site that the floor alone makes up; 0 for NaN and Inf."""
+        if self.nonfinite:
+            return 0.0
+        return min(1.0, (self.floor(self.tensor) / max(self.size, _LEAST)) ** 2)
+
+    @cached_property
+    def size(self) -> float:
+        """Relative L2 error at the site."""
+        return float(self.error[self.tensor].norm()) / max(
             float(self.valid_clean(self.tensor).norm()), _LEAST
         )
-        return min(1.0, (self.floor(self.tensor) / max(size, _LEAST)) ** 2)
+
+    @cached_property
+    def is_noise(self) -> bool:
+        """Whether the error could be rounding: unrelated to the reference's tensor itself."""
+        clean = self.valid_clean(self.tensor)
+        along = float((self.error[self.tensor] * clean).sum()) / max(float(clean.square().sum()), _LEAST)
+        return abs(along) < 0.5 * self.size
 
     def valid_clean(self, name: str) -> Tensor:
         """`clean` in float64, zero at padding."""
@@ -243,7 +260,12 @@ class Case:
             if times > SEEN * self.given.limit:
                 shown[name] = times
         explained = each.get(self.tensor, 0.0)
-        return Fit(explained, self._convincing(explained), each, shown)
+        left = {
+            n: float((self.error[n] - emulated[n]).norm())
+            / max(float(self.valid_clean(n).norm()) * self.floor(n), _LEAST)
+            for n in emulated
+        }
+        return Fit(explained, self._convincing(explained), each, shown, left)
 
     def _convincing(self, explained: float) -> bool:
         error = float(self.error[self.tensor].square().sum())
@@ -278,12 +300,13 @@ class Case:
             and fault.hidden is None
         ):
             return fault.outputs(dict(self.clean))
+        self.memory["runs"] = self.memory.get("runs", 0) + 1
         with torch.inference_mode():
             return self.unit.run((*self.applied, fault), reuse=reuse)
 
     def with_applied(self, fault: Fault, at: Site, failing: tuple[str, ...]) -> Case:
         """The case of what is left when `fault` is taken out."""
-        return replace(self, applied=(*self.applied, fault), at=at, failing=failing)
+        return replace(self, applied=(*self.applied, fault), at=at, failing=failing, notes=[], memory={})
 
 
 def share(error: Tensor, emulated: Tensor) -> float:

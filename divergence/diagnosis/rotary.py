@@ -140,6 +140,13 @@ def turned_by(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
 
 def find(case: Case) -> Rotary | None:
     """The rotary embedding of a case's layer, or None where it has none that is understood."""
+    if "rotary" not in case.memory:
+        case.memory["rotary"] = _find(case)
+    found: Rotary | None = case.memory["rotary"]
+    return found
+
+
+def _find(case: Case) -> Rotary | None:
     if not isinstance(case.unit, LayerUnit):
         return None
     tokens = case.unit.hidden.shape[-2]
@@ -208,9 +215,7 @@ def _read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
     if float(frequencies[fastest].abs()) < 1e-6:
         return None
     advance = ((unit[:, 1:, fastest] * unit[:, :-1, fastest].conj()).angle() / frequencies[fastest]).round()
-    starts = torch.arange(_FARTHEST, dtype=torch.float64, device=unit.device)
-    waves = torch.exp(-1j * starts[:, None] * frequencies)
-    first = (unit[:, 0] @ waves.T).real.argmax(1)
+    first = _first_positions(unit[:, 0], frequencies)
     positions = torch.cat((first[:, None], first[:, None] + advance.cumsum(1)), 1)
     for _ in range(3):  # the steps alone are known to a few 1e-8; far positions tell more
         ahead = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
@@ -219,6 +224,16 @@ def _read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
         ) / positions.square().sum().clamp(min=1)
     left = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
     return (positions, frequencies) if float(left.abs().median()) < 1e-2 else None
+
+
+def _first_positions(unit: Tensor, frequencies: Tensor) -> Tensor:
+    """The whole number at which `exp(i position frequency)` is `unit` `[rows, frequency]`, for each row."""
+    for count in (16, _FARTHEST):
+        starts = torch.arange(count, dtype=torch.float64, device=unit.device)
+        score, first = (unit @ torch.exp(-1j * starts[:, None] * frequencies).T).real.max(1)
+        if bool((score > 0.99 * frequencies.numel()).all()):
+            break
+    return first
 
 
 def _known(buffers: Iterator[tuple[str, Tensor]], frequencies: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
-_UNKNOWN = 2  # layers in a row without a cause after which the search ends
+_RUNS = 250  # emulations after which no further layer is searched in full
 _PER_LAYER = 3  # independent faults looked for in one layer
 
 
@@ -63,6 +63,7 @@ class Search:
         self._replayer = replayer
         self._introduced = introduced
         self._starts: Mapping[tuple[str, int], Any] | None = None
+        self._runs = 0
 
     def run(self, progress: Progress = silent) -> Found:
         """Searches the failing layers in execution order."""
@@ -70,7 +71,7 @@ class Search:
         self._told(found)
         known: list[Tried] = []
         groups = list(self._groups())
-        searched = unknown = 0
+        searched = 0
         for done, failing in enumerate(groups):
             progress("looking for the cause", done, len(groups))
             lost = nonfinite.has_lost(failing)
@@ -83,7 +84,7 @@ class Search:
                 case = _remaining(case, again)
                 if case is None:
                     continue
-            if searched == _LAYERS or unknown == _UNKNOWN:
+            if searched == _LAYERS or self._runs > _RUNS:
                 left = len(groups) - done
                 found.notes.append(
                     f"causes were looked for in {searched} layers; {left} more that fail were not searched"
@@ -92,7 +93,6 @@ class Search:
             searched += 1
             results = self._search(case, found, failing[0].site)
             known += results
-            unknown = 0 if results else unknown + 1
             if lost or not self._introduced:
                 break  # what follows is made of this
         return found
@@ -168,6 +168,7 @@ class Search:
             if case is None:
                 break
             tried = investigate(case)
+            self._runs += case.memory.get("runs", 0)
             case, tried = self._before(case, tried)
             found.hypotheses += [_hypothesis(case, t) for t in tried]
             found.notes += case.notes
@@ -194,7 +195,7 @@ class Search:
         if earlier is None:
             return case, tried
         spanning = LayerUnit(self._replayer, earlier.call, earlier.hidden, earlier.stack, after=unit.call)
-        other = replace(case, unit=spanning, notes=[])
+        other = replace(case, unit=spanning, notes=[], memory={})
         again = investigate(other)
         return (other, again) if _convinces(again) else (case, tried)
 
@@ -251,20 +252,16 @@ def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
 
 def _remaining(case: Case, tried: Tried) -> Case | None:
     """The case of what a fault leaves in the unit, None where that is within the limits."""
-    rest = case.with_applied(tried.fault, case.at, case.failing)
-    failing = []
-    for name in case.failing:
-        if name not in rest.error:
-            continue
-        size = float(rest.error[name].norm()) / max(float(rest.valid_clean(name).norm()), 1e-30)
-        if size > case.given.limit * max(case.floor(name), 1e-12):
-            failing.append(name)
-    if not failing:
+    fit = tried.fit
+    if fit is None:
         return None
     # Explaining an error to within a few per cent leaves a rest of many times the floor in fp32.
-    if tried.fit is not None and min(tried.fit.each.values(), default=0.0) > _CONVINCING:
-        return None
-    if failing[0] == case.tensor:
+    failing = [
+        name
+        for name in case.failing
+        if fit.left.get(name, 0.0) > case.given.limit and fit.each.get(name, 0.0) < _CONVINCING
+    ]
+    if not failing or failing[0] == case.tensor:
         return None
     return case.with_applied(tried.fault, case.site_of(failing[0]), tuple(failing))
 

@@ -169,3 +169,9 @@ def output_axis(case: Case, name: str) -> int:
         if name in operator.parameters and operator.name in ("addmm", "matmul"):
             return 1
     return 0
+
+
+def inner_length(case: Case, name: str) -> int:
+    """Number of terms in the sums of a product with this weight; 1 for a bias."""
+    parameter = parameters(case)[name]
+    return parameter.shape[1 - output_axis(case, name)] if parameter.dim() == 2 else 1

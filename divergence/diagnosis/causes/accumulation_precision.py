@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import math
+
 import torch
 
-from divergence.diagnosis import products
+from divergence.diagnosis import products, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.contract import accumulators
 from divergence.diagnosis.hypotheses import Trial, Tried
@@ -18,16 +20,19 @@ _FIX = (
     "accumulate in fp32: a tactic whose accumulator is f32, bf16 instead of fp16 on tensor cores, fp32 for the "
     "projections concerned; PyTorch: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False"
 )
-_WORK = 3e9  # multiply-adds of a trial in single steps
+_MOST = 5e7  # roundings of a trial, which cost far more than the products
 
 
 def trials(case: Case) -> Iterator[Trial]:
     """Sums of the projections rounded to half precision after every so many terms."""
+    if not case.is_noise:
+        return
     indices = products.projections(case)
-    work = sum(_terms(case, index) for index in indices)
-    for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    for precision, dtype, roundoff in (("fp16", torch.float16, 2.0**-11), ("bf16", torch.bfloat16, 2.0**-8)):
+        if not roundoff / 50 < case.size < 50 * roundoff:
+            continue
         for chunk in _CHUNKS:
-            if chunk < 8 and work > _WORK:
+            if sum(_roundings(case, index, chunk) for index in indices) > _MOST:
                 continue
             yield Trial(
                 key=f"{precision} {chunk}",
@@ -59,9 +64,9 @@ def _none() -> products.Fault:
     return products.Fault()
 
 
-def _terms(case: Case, index: int) -> float:
-    shape = case.trace.operators[index].shape
-    total = 1.0
-    for size in shape:
-        total *= size
-    return total * shape[-1]
+def _roundings(case: Case, index: int, chunk: int) -> float:
+    operator = case.trace.operators[index]
+    inner = (
+        max(weights.inner_length(case, name) for name in operator.parameters) if operator.parameters else 1024
+    )
+    return math.prod(operator.shape) * inner / chunk

@@ -15,7 +15,8 @@ ID = "layer_order"
 
 def trials(case: Case) -> Iterator[Trial]:
     """The weights of every other layer of the stack, nearest first."""
-    if not isinstance(case.unit, LayerUnit):
+    # Another layer's weights show in the first tensor that a layer makes.
+    if not isinstance(case.unit, LayerUnit) or (case.tensor == "hidden" and "key" in case.error):
         return
     own = case.unit.call.layer
     layers = case.unit.stack

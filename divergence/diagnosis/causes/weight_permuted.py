@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import weights
+from divergence.diagnosis import parts, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.hypotheses import Trial
 
@@ -61,12 +61,14 @@ def matched(clean: Tensor, seen: Tensor) -> list[int] | None:
 def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: int) -> Trial:
     rows = torch.tensor([o * size + i for o in order for i in range(size)])
     axis = part.axis if part.stop is not None else weights.output_axis(case, part.name)
-    parts = [part]
+    changed = [part]
     bias = weights.bias_of(case, part)
-    fault = weights.fault(parts, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)))
+    fault = weights.fault(changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)))
     if bias is not None:
-        parts.append(bias)
-        fault = weights.fault(parts, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)))
+        changed.append(bias)
+        fault = weights.fault(
+            changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device))
+        )
     return Trial(
         key=f"{part} {unit}",
         title=f"the {unit} of '{part}' stand in another order" + (f": {order}" if len(order) <= 16 else ""),
@@ -77,40 +79,54 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
 
 
 def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
-    """Heads exchanged, shifted or turned round, along outputs and inputs; rows by halves and pairs."""
-    heads, size = _heads(case)
+    """Heads exchanged, shifted or turned round where the site cannot show it (queries, what joins heads);
+    outputs by halves and pairs."""
+    size = _head_size(case)
     weight = part.of(weights.parameters(case)[part.name])
     outputs = weights.output_axis(case, part.name)
     for axis in (outputs, 1 - outputs):
         side = "output" if axis == outputs else "input"
-        if size and weight.shape[axis] % size == 0 and 1 < weight.shape[axis] // size <= heads:
-            count = weight.shape[axis] // size
-            for words, order in _orders(count):
-                yield _trial(
-                    part,
-                    f"{side} heads {words}",
-                    f"has its {side} heads {words}",
-                    _reordered(axis, order, size),
-                    {"order": order},
-                )
-        length = weight.shape[axis]
-        for words, order in (
-            ("halves exchanged", [*range(length // 2, length), *range(length // 2)]),
-            (
-                "halves interleaved",
-                [i // 2 + (i % 2) * (length // 2) for i in range(length)] if length % 2 == 0 else [],
-            ),
-            ("in reverse", list(reversed(range(length)))),
-            ("shifted by one", [*range(1, length), 0]),
+        if (
+            case.tensor == "hidden"
+            and size
+            and weight.shape[axis] % size == 0
+            and _holds_heads(case, part, side)
         ):
-            if order and sorted(order) == list(range(length)):
+            for words, order in _orders(weight.shape[axis] // size):
+                change = _reordered(axis, order, size)
                 yield _trial(
-                    part,
-                    f"{side} {words}",
-                    f"has its {side} channels {words}",
-                    _reordered(axis, order, 1),
-                    {},
+                    part, f"{side} heads {words}", f"has its {side} heads {words}", change, {"order": order}
                 )
+    length = weight.shape[outputs]
+    for words, order in (
+        ("halves exchanged", [*range(length // 2, length), *range(length // 2)]),
+        ("halves interleaved", [i // 2 + (i % 2) * (length // 2) for i in range(length)]),
+        ("pairs taken apart", [*range(0, length, 2), *range(1, length, 2)]),
+    ):
+        if length % 2 == 0:
+            yield _trial(
+                part, f"output {words}", f"has its output {words}", _reordered(outputs, order, 1), {}
+            )
+
+
+def _holds_heads(case: Case, part: weights.Part, side: str) -> bool:
+    """Whether an axis of a weight is made of heads: the outputs of a query, the inputs after attention."""
+    trace = case.trace
+    users = [o.index for o in trace.operators.values() if part.name in o.parameters]
+    contexts = [a.context for a in parts.attentions(trace)]
+    if not users or not contexts:
+        return False
+    if side == "output":
+        return part.role == "query" or (
+            not part.role and max(users) < min(contexts) and part.name not in _shown_by(case)
+        )
+    first = min(o.index for o in trace.named("linear", "addmm", "matmul") if o.index > contexts[-1])
+    makers = trace.ancestors(first)
+    return any(u in makers for u in users) and max(users) >= contexts[-1]
+
+
+def _shown_by(case: Case) -> set[str]:
+    return case.trace.reaching("key") | case.trace.reaching("value")
 
 
 def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
@@ -130,12 +146,10 @@ def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
         yield f"{i} and {j} exchanged", order
 
 
-def _heads(case: Case) -> tuple[int, int]:
-    """The largest number of heads there can be, and the length of one; (0, 0) where unknown."""
+def _head_size(case: Case) -> int:
+    """The length of a head, 0 where unknown."""
     key = case.clean.get("key")
-    if key is None or key.dim() != 4:
-        return 0, 0
-    return 256, key.shape[3]
+    return 0 if key is None or key.dim() != 4 else key.shape[3]
 
 
 def _reordered(axis: int, order: list[int], size: int) -> Callable[[Tensor], Tensor]:
