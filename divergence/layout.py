@@ -143,7 +143,23 @@ class Every:
         )
 
 
-Step = Select | Squeeze | Unsqueeze | Split | Permute | Every
+@dataclass(frozen=True)
+class Repeat:
+    """Repeats each head `repeats` times: the candidate's are so much alike (all zero, say) that its
+    probe took them for copies of one, and dropped them. The only step that copies."""
+
+    axis: int
+    repeats: int
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with the reference's number of heads."""
+        return tensor.repeat_interleave(self.repeats, self.axis)
+
+    def __str__(self) -> str:
+        return f"{self.repeats} key/value heads of the reference compared with each of the candidate's"
+
+
+Step = Select | Squeeze | Unsqueeze | Split | Permute | Every | Repeat
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ class Layout:
     """What is done to a candidate's tensor to bring it into its reference's layout.
 
     Attributes:
-        steps: in order; each is a view.
+        steps: in order; each is a view, but for `Repeat`.
         note: a remark on how the pair was found.
     """
 
@@ -159,7 +175,7 @@ class Layout:
     note: str = ""
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The candidate's `tensor` in the layout of its reference: a view, never a copy."""
+        """The candidate's `tensor` in the layout of its reference: a view, unless heads are repeated."""
         for step in self.steps:
             tensor = step.apply(tensor)
         return tensor
@@ -261,6 +277,8 @@ def _steps(
     wrong = [axis for axis in ref.names if final[axis] != want[axis]]
     if wrong == ["head"] and repeated and want["head"] and final["head"] % want["head"] == 0:
         yield Every(ref.names.index("head"), final["head"] // want["head"])
+    elif wrong == ["head"] and repeated and cand.names and want["head"] % final["head"] == 0:
+        yield Repeat(ref.names.index("head"), want["head"] // final["head"])
     elif wrong:
         differ = ", ".join(f"{axis} {want[axis]} against {final[axis]}" for axis in wrong)
         raise MisfitError(f"reference {ref}, candidate {cand}: {differ}")

@@ -34,6 +34,7 @@ class Options:
     memory: int = 512 << 20
     command: str = ""
     engine: EngineOptions | None = None
+    diagnose: bool = True
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,9 @@ def in_words(site: SiteResult, policy: Policy) -> str:
     by = judged(site, policy)
     if by.error is None or by.ratio is None or not by.ratio > by.limit:
         return site.reason or "within its limits"
-    # The ratio is the worse of whole tensor and median token; the floor here is the whole tensor's.
+    # The ratio is the worst of whole tensor, median token and median channel; this floor is the first's.
     whole = by.error and by.floor and math.isclose(by.error / by.floor, by.ratio, rel_tol=0.05)
-    floor = f"floor of {figure(by.floor)}" if whole else "floor at the median token"
+    floor = f"floor of {figure(by.floor)}" if whole else "floor at the median token or channel"
     limit = f"{number(by.ratio, 3)}x {{}} noise {floor} (limit {number(by.limit)}x)"
     if by.introduced:
         return f"introduces an error of {figure(by.error)}, {limit.format('its own')}"

@@ -221,6 +221,17 @@ def test_repeated_heads_are_told_to_the_caller() -> None:
     assert alignment.pairs[1].layout.repeats is None
 
 
+def test_heads_that_are_all_alike_are_compared_with_each_of_the_references() -> None:
+    """A probe that undoes the repetition of heads cannot tell zeros of two heads from those of one."""
+    alignment = align(model(), change(model(), "layers.0.key", (B, 1, T, D), HEAD_AXES))
+    layout = alignment.pairs[0].layout
+    tensor = torch.arange(B * T * D).reshape(B, 1, T, D)
+    assert torch.equal(layout.apply(tensor), tensor.expand(B, H, T, D))
+    assert str(layout) == f"{H} key/value heads of the reference compared with each of the candidate's"
+    uneven = align(model(), change(model(), "layers.0.key", (B, H + 1, T, D), HEAD_AXES))
+    assert states(uneven) == {"layers.0.key": "shape mismatch"}
+
+
 def test_heads_and_tokens_of_one_size_are_ambiguous() -> None:
     """Even where the shapes are equal; naming the axes resolves it."""
     reference = model(sizes=(1, 4, 4, D))

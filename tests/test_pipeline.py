@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import divergence
 from divergence.config import Config, Tolerance, parse_tolerance
+from divergence.demo.model import DemoConfig, DemoDecoder
 from divergence.errors import ConfigurationError, InputError
 from divergence.pipeline import compare, record
 from divergence.probes import silent
@@ -361,3 +362,47 @@ def test_a_second_stack_is_replayed_on_what_the_first_one_gave_it() -> None:
     result = judged(model, stored(wrong, "fp16"), inputs_for("t5", tokens=17))
     assert result.first_divergence is not None
     assert result.first_divergence.site == "encoder.layers.1.value"
+
+
+def test_keys_that_the_model_returns_are_those_of_its_layers() -> None:
+    """What a model hands on from its layers is no error of its own, and was judged there."""
+    model, inputs = (
+        DemoDecoder(DemoConfig(layers=16)),
+        {"input_ids": inputs_for("llama", tokens=33)["input_ids"]},
+    )
+    clean = judged(model, stored(model, "fp16"), inputs)
+    assert clean.verdict == "pass", clean.reason
+    assert (clean.site("output.keys").rel_l2 or 0.0) > 4 * 2.0**-12, "within the floor of storing them once"
+    assert clean.site("output.keys").introduced == 0.0
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.get_submodule("layers.5.self_attn.k_proj").weight.mul_(1.1)
+    result = judged(model, stored(wrong, "fp16"), inputs)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.5.key"
+    assert result.site("output.keys").verdict == "pass"
+    assert result.site("output.keys").reason.startswith("propagated")
+
+
+def test_a_fault_beside_a_massive_activation_does_not_hide_below_its_rounding() -> None:
+    model = llama(LAYERS)
+    with torch.no_grad():
+        model.get_submodule("model.embed_tokens").weight[:, 7] = 4000.0
+        for layer in range(LAYERS):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                gain = model.get_submodule(f"model.layers.{layer}.{norm}").weight
+                gain.fill_(4000.0 / 32**0.5)
+                gain[7] = 0.0
+    clean = judged(model, stored(model, "bf16"))
+    assert clean.verdict == "pass", clean.reason
+    wrong = faulty(model, 3, "o_proj", 2.0)
+    result = judged(model, stored(wrong, "bf16"))
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.3.hidden"
+    site = result.site("layers.3.hidden")
+    assert (site.introduced or 0.0) < 4 * (site.introduced_floor or 0.0), "seen without the channels too"
+
+
+def test_zero_keys_are_compared_although_their_heads_are_all_alike() -> None:
+    model = llama(LAYERS)
+    result = judged(model, faulty(model, 3, "k_proj", 0.0))
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.3.key"
+    assert not result.unmatched
