@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-import gemma
 import torch
-from recorder import Recorder
 
+from benchmarks.tensorrt import gemma
+from benchmarks.tensorrt.recorder import Recorder
 from divergence.config import Config
 from divergence.pipeline import compare
 from divergence.probes.tensorrt.build import BuildOptions, build_engine
