@@ -96,6 +96,7 @@ def main() -> None:
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
 @click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
 def compare(
     ref: str,
     cand: str,
@@ -110,6 +111,7 @@ def compare(
     replay: Any,
     floor: str | None,
     keep_captures: bool,
+    no_diagnosis: bool,
 ) -> int:
     """Compare a candidate with a reference and give a verdict."""
     if keep_captures and out is None:
@@ -133,9 +135,23 @@ def compare(
             keep=out if keep_captures else None,
             config=config,
             command=_command(),
+            diagnose=not no_diagnosis,
             progress=shown,
         )
     return _report(result, out)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def explain(folder: Path) -> int:
+    """Show how the causes in the report in DIR were found: every one tried, with its evidence."""
+    from divergence.reports.explain import render_explanation
+    from divergence.result import load_comparison
+
+    result = load_comparison(folder)
+    width = click.get_current_context().terminal_width or 100
+    click.echo(render_explanation(result, width=width, color=sys.stdout.isatty()))
+    return 0
 
 
 @main.command()

@@ -261,6 +261,23 @@ class Comparison:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
+def load_comparison(path: Path) -> Comparison:
+    """Reads the comparison that a run left in `path`: `report.json`, or the folder that holds it.
+
+    Raises:
+        SourceError: there is none, or it is not one.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"{file}: no report to read ({one_line(error)}); give the folder of `divergence compare --out "
+            "DIR`"
+        ) from error
+    return Comparison.from_json(text, str(file))
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
