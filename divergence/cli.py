@@ -138,8 +138,8 @@ def main() -> None:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Sites not to compare; several times.")
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
-@_engine
-@click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
+@click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
 def compare(
     ref: str,
     cand: tuple[str, ...],
@@ -154,7 +154,7 @@ def compare(
     replay: Any,
     floor: str | None,
     keep_captures: bool,
-    **engine: Any,
+    no_diagnosis: bool,
 ) -> int:
     """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
     if keep_captures and out is None:
@@ -179,11 +179,37 @@ def compare(
     }
     result: Comparison | Chain
     with progress(sys.stderr, sys.stderr.isatty()) as shown:
-        if len(cand) == 1:
-            result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
-        else:
-            result = compare_chain(ref, cand, inputs, **options, progress=shown)
+        result = run(
+            ref,
+            cand,
+            inputs,
+            precision=precision,
+            tolerance=_tolerance(tolerance, config),
+            exclude=exclude,
+            detail=detail,
+            replay=replay,
+            floor=floor,
+            memory=memory << 20,
+            keep=out if keep_captures else None,
+            config=config,
+            command=_command(),
+            diagnose=not no_diagnosis,
+            progress=shown,
+        )
     return _report(result, out)
+
+
+@main.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+def explain(folder: Path) -> int:
+    """Show how the causes in the report in DIR were found: every one tried, with its evidence."""
+    from divergence.reports.explain import render_explanation
+    from divergence.result import load_comparison
+
+    result = load_comparison(folder)
+    width = click.get_current_context().terminal_width or 100
+    click.echo(render_explanation(result, width=width, color=sys.stdout.isatty()))
+    return 0
 
 
 @main.command()

@@ -263,9 +263,24 @@ class Comparison:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
-def as_plain(value: Any) -> Any:
-    """`value` in JSON's own types: dataclasses as objects of their fields, NaN and infinities as null.
-    A field whose name is a word of Python's, and so ends in an underscore, is written without it."""
+def load_comparison(path: Path) -> Comparison:
+    """Reads the comparison that a run left in `path`: `report.json`, or the folder that holds it.
+
+    Raises:
+        SourceError: there is none, or it is not one.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"{file}: no report to read ({one_line(error)}); give the folder of `divergence compare --out "
+            "DIR`"
+        ) from error
+    return Comparison.from_json(text, str(file))
+
+
+def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name.rstrip("_"): as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

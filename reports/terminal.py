@@ -232,8 +232,10 @@ def _causes(page: Page, comparison: Comparison) -> None:
     where = comparison.first_divergence.site if comparison.first_divergence else "the first divergence"
     for i, cause in enumerate(comparison.causes, 1):
         share = (
-            f" (explains {number(100 * cause.explained)} % of the error at {where})"
+            f" (explains {number(100 * cause.explained)} % of the error at {cause.site or where})"
             if cause.explained is not None
+            else f" ({cause.site})"
+            if cause.site
             else ""
         )
         page.labelled(f"{i}.", f"{cause.title}{share}")

@@ -376,7 +376,7 @@ def test_keys_that_the_model_returns_are_those_of_its_layers() -> None:
     assert clean.site("output.keys").introduced == 0.0
     wrong = copy.deepcopy(model)
     with torch.no_grad():
-        wrong.layers[5].self_attn.k_proj.weight.mul_(1.1)
+        wrong.get_parameter("layers.5.self_attn.k_proj.weight").mul_(1.1)
     result = judged(model, stored(wrong, "fp16"), inputs)
     assert result.first_divergence is not None and result.first_divergence.site == "layers.5.key"
     assert result.site("output.keys").verdict == "pass"

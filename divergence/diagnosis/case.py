@@ -65,7 +65,8 @@ class Fit:
 
     Attributes:
         explained: share of the squared error at the case's site.
-        convincing: whether more than half is explained of the error, and of the candidate's tensor itself: zeros
+        convincing: whether more than half is explained of the error, and of the candidate's tensor itself:
+            zeros
             explain half of the error of any tensor that has nothing to do with the reference's.
         each: the same at every tensor of the unit that fails.
         shown: tensors that pass although the emulation shows there, with its error over the floor.
@@ -151,7 +152,8 @@ class Case:
 
     @cached_property
     def nonfinite(self) -> bool:
-        """Whether the candidate holds NaN or Inf at the site where the reference does not, padding included."""
+        """Whether the candidate holds NaN or Inf at the site where the reference does not, padding
+        included."""
         return bool(self._lost(self.candidate[self.tensor]).any())
 
     def _lost(self, tensor: Tensor) -> Tensor:
@@ -286,7 +288,8 @@ class Case:
         )
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for one."""
+        """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for
+        one."""
         clean = self.clean[name]
         if tensor.dim() == 4 and tensor.shape[1] < clean.shape[1] and clean.shape[1] % tensor.shape[1] == 0:
             return tensor.repeat_interleave(clean.shape[1] // tensor.shape[1], 1)

@@ -33,7 +33,10 @@ def ran_in(facts: RunFacts, role: str) -> Iterator[str]:
             name = str(entry.get("module") or entry.get("node") or entry.get("name") or "?")
             seen.setdefault(precision, []).append(name)
     for precision, names in seen.items():
-        yield f"the engine ran its {role} in {precision}: {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        yield (
+            f"the engine ran its {role} in {precision}: "
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        )
 
 
 def accumulators(facts: RunFacts) -> Iterator[str]:

@@ -23,8 +23,9 @@ class Trial:
         fault: the fault itself, or what makes it of a parameter that is estimated.
         fix: the setting or code to change.
         starts: where the estimate begins; none where there is nothing to estimate.
-        parameters: what to report, given the estimate.
+        parameters: what to report, or what makes it of the estimate.
         accept: whether the estimate means this cause at all.
+        evidence: sentences for it beside those that follow from the fit, given the estimate.
         prior: added to the rank; below 0 for what is unlikely unless it explains clearly more.
     """
 
@@ -33,10 +34,14 @@ class Trial:
     fault: Fault | Build
     fix: str
     starts: tuple[float, ...] = ()
-    parameters: Callable[[float], Mapping[str, Any]] = lambda _: {}
+    parameters: Mapping[str, Any] | Callable[[float], Mapping[str, Any]] = field(default_factory=dict)
     accept: Callable[[float], bool] = lambda _: True
     evidence: Callable[[Case, float], Iterable[str]] = lambda _case, _value: ()
     prior: float = 0.0
+
+    def reported(self, value: float) -> dict[str, Any]:
+        """The parameters, given the estimate."""
+        return dict(self.parameters(value) if callable(self.parameters) else self.parameters)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ def written_out(
     scores = query.float() @ key.float().transpose(-1, -2) * scale
     added = additive(call, scores) if mask is None else mask
     scores = scores if added is None else scores + added.to(scores.dtype)
-    return (softmax(scores).float() @ value.float()).to(query.dtype)
+    made: Tensor = (softmax(scores).float() @ value.float()).to(query.dtype)
+    return made
 
 
 def additive(call: Call, scores: Tensor) -> Tensor | None:

@@ -29,7 +29,8 @@ class Norm:
 
     Attributes:
         root: number of the fused operator, or of the root over the statistics.
-        epsilon_at: number of the operator that adds the epsilon; the fused operator itself where there is one.
+        epsilon_at: number of the operator that adds the epsilon; the fused operator itself where there is
+            one.
         epsilon: as the reference has it.
         fused: whether one operator does it all.
         number: counts the norms of the layer from 0.

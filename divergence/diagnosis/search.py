@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
 _RUNS = 250  # emulations after which no further layer is searched in full
+_ENOUGH_ALIKE = 8  # layers in which a fault is recognised before others are taken for the same
+_NEAR = 1.3
 _PER_LAYER = 3  # independent faults looked for in one layer
 
 
@@ -44,6 +46,35 @@ class Found:
     causes: list[Cause] = field(default_factory=list)
     hypotheses: list[Hypothesis] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+class _Alike:
+    """Tells layers that fail like those in which a fault was recognised: the same tensors, with errors over
+    their floors within a factor of `_NEAR`."""
+
+    def __init__(self) -> None:
+        self._ratios: list[dict[str, float]] = []
+        self.taken = 0
+
+    def add(self, failing: Sequence[SiteResult]) -> None:
+        """Adds a layer in which the fault was recognised."""
+        self._ratios.append(_ratios(failing))
+
+    def like(self, failing: Sequence[SiteResult]) -> bool:
+        """Whether a layer is like all of them; only once there are `_ENOUGH_ALIKE`."""
+        if len(self._ratios) < _ENOUGH_ALIKE:
+            return False
+        mine = _ratios(failing)
+        for name, ratio in mine.items():
+            known = [r[name] for r in self._ratios if name in r]
+            if not known or not min(known) / _NEAR < ratio < max(known) * _NEAR:
+                return False
+        self.taken += 1
+        return True
+
+
+def _ratios(failing: Sequence[SiteResult]) -> dict[str, float]:
+    return {r.tensor: r.introduced_ratio or r.ratio or 0.0 for r in failing}
 
 
 class Search:
@@ -71,6 +102,7 @@ class Search:
         self._told(found)
         known: list[Tried] = []
         groups = list(self._groups())
+        alike = _Alike()
         searched = 0
         for done, failing in enumerate(groups):
             progress("looking for the cause", done, len(groups))
@@ -78,9 +110,12 @@ class Search:
             case = self._nonfinite(failing[0]) if lost else self._case(failing)
             if case is None or (lost and not case.nonfinite):
                 continue
+            if not lost and alike.like(failing):
+                continue
             again = None if lost else _recognised(case, known)
             if again is not None:
                 _extend(found, again, case)
+                alike.add(failing)
                 case = _remaining(case, again)
                 if case is None:
                     continue
@@ -95,6 +130,11 @@ class Search:
             known += results
             if lost or not self._introduced:
                 break  # what follows is made of this
+        if alike.taken:
+            found.notes.append(
+                f"{alike.taken} more layers fail with errors of the same size and were not searched one by "
+                "one"
+            )
         return found
 
     def _told(self, found: Found) -> None:
@@ -285,7 +325,7 @@ def _cause(case: Case, tried: Tried) -> Cause:
         fit.explained if fit else None,
         tried.trial.fix,
         str(case.at),
-        dict(tried.trial.parameters(tried.value)),
+        tried.trial.reported(tried.value),
     )
 
 
@@ -301,7 +341,7 @@ def _hypothesis(case: Case, tried: Tried) -> Hypothesis:
         _title(tried),
         evidence,
         against,
-        dict(tried.trial.parameters(tried.value)),
+        tried.trial.reported(tried.value),
         tried.fit.explained if tried.fit else None,
         tried.fit.overall if tried.fit else None,
         tried.trial.fix,
@@ -315,7 +355,10 @@ def _evidence(case: Case, tried: Tried) -> tuple[tuple[str, ...], tuple[str, ...
     if fit is not None:
         for name, explained in fit.each.items():
             what = "places that are not finite" if case.nonfinite else "error"
-            words = f"put into the reference it explains {100 * explained:.4g} % of the {what} of {case.site_of(name)}"
+            words = (
+                f"put into the reference it explains {100 * explained:.4g} % of the {what} of "
+                f"{case.site_of(name)}"
+            )
             (supporting if explained > ENOUGH else against).append(words)
         for name, times in fit.shown.items():
             against.append(f"it would show at {case.site_of(name)} ({times:.3g}x the floor), which passes")
@@ -328,7 +371,8 @@ def _evidence(case: Case, tried: Tried) -> tuple[tuple[str, ...], tuple[str, ...
 def _untouched(case: Case, each: Mapping[str, float]) -> list[str]:
     """Sentences on tensors of the layer that pass."""
     return [
-        f"{case.site_of(name)} passes ({figure(result.introduced_ratio or result.ratio)}x its floor), as it should"
+        f"{case.site_of(name)} passes ({figure(result.introduced_ratio or result.ratio)}x its floor), as "
+        "it should"
         for name in case.error
         if name not in each and (result := case.result_of(name)) is not None and result.verdict == "pass"
     ]

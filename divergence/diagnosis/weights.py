@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
 
@@ -135,7 +137,8 @@ def _named(case: Case, axes: int) -> list[str]:
 
 
 def _parts(case: Case, name: str) -> list[Part]:
-    """A fused projection of query, key and value in parts: what lies before the last two widths is the query."""
+    """A fused projection of query, key and value in parts: what lies before the last two widths is the
+    query."""
     key, value = (case.clean.get(t) for t in ("key", "value"))
     if key is None or value is None or key.dim() != 4 or value.dim() != 4:
         return [Part(name)]

@@ -198,8 +198,12 @@ def _fp8(weight: Tensor) -> Tensor:
     return (weight / step).to(torch.float8_e4m3fn).float() * step
 
 
-def _heads_turned(weight: Tensor) -> Tensor:
-    return weight.roll(8, 0)
+def _heads_turned(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    layer = _drawn(model, draw)
+    key = _layers(model)[layer].self_attn.k_proj
+    for parameter in key.parameters():
+        parameter.copy_(parameter.roll(8, 0))
+    return (Planted(f"layers.{layer}.key", "weight_permuted", {"layer": layer, "unit": "head"}),)
 
 
 PAIRS: tuple[Pair, ...] = (
@@ -214,11 +218,7 @@ PAIRS: tuple[Pair, ...] = (
         "gpt2",
         _weights("mlp.c_proj.weight", "hidden", "weight_scale", lambda w: w * 1.2, gain=1.2),
     ),
-    ready(
-        "opt-key-heads",
-        "opt",
-        _weights("self_attn.k_proj.weight", "key", "weight_permuted", _heads_turned, unit="head"),
-    ),
+    ready("opt-key-heads", "opt", _heads_turned),
     ready(
         "bert-value-fp8",
         "bert",

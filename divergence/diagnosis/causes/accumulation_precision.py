@@ -10,14 +10,17 @@ import torch
 from divergence.diagnosis import products, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.contract import accumulators
+from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial, Tried
 
 ID = "accumulation_precision"
 
 _CHUNKS = (16, 32, 64, 8, 128, 256, 4, 2, 1)
 _FIX = (
-    "accumulate in fp32: a tactic whose accumulator is f32, bf16 instead of fp16 on tensor cores, fp32 for the "
-    "projections concerned; PyTorch: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False"
+    "accumulate in fp32: a tactic whose accumulator is f32, bf16 instead of fp16 on tensor cores, fp32 for "
+    "the "
+    "projections concerned; PyTorch: torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = "
+    "False"
 )
 _MOST = 5e7  # roundings of a trial, which cost far more than the products
 
@@ -38,7 +41,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 title=f"the sums of projections are kept in {precision}, rounded after every {chunk} "
                 f"product{'s' if chunk > 1 else ''}",
                 fault=products.computed(indices, products.accumulated(dtype, chunk)),
-                parameters=lambda _, precision=precision, chunk=chunk: {
+                parameters={
                     "accumulator": precision,
                     "terms": chunk,
                 },
@@ -54,13 +57,9 @@ def facts(case: Case) -> Tried | None:
     ratio = case.result.introduced_ratio or case.result.ratio or 0.0
     if not said or ratio > 50:
         return None
-    trial = Trial("engine", "the engine sums products in half precision", _none(), _FIX)
+    trial = Trial("engine", "the engine sums products in half precision", Fault(), _FIX)
     error = f"the error is {ratio:.3g}x the floor with sums in fp32, as sums in half precision make it"
     return Tried(ID, trial, None, evidence=(*said, error))
-
-
-def _none() -> products.Fault:
-    return products.Fault()
 
 
 def _roundings(case: Case, index: int, chunk: int) -> float:

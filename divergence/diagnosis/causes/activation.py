@@ -37,8 +37,9 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"{place.number} {name}",
                 title=f"the activation is {name}, and the reference's is {place.name}",
                 fault=Fault(operators=_handlers(place, function)),
-                parameters=lambda _, name=name, place=place: {"activation": name, "reference": place.name},
-                fix=f"export the activation as {place.name} (hidden_act of the configuration; `approximate` of gelu)",
+                parameters={"activation": name, "reference": place.name},
+                fix=f"export the activation as {place.name} (hidden_act of the configuration; "
+                "`approximate` of gelu)",
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from divergence.diagnosis import parts
 from divergence.diagnosis.case import Case
@@ -25,20 +26,21 @@ def trials(case: Case) -> Iterator[Trial]:
             fault=_fault(attention),
             starts=(1.0, root, 1 / root, 2.0, 0.5, 0.0),
             accept=lambda factor: abs(factor - 1) > 1e-5,
-            parameters=lambda factor, root=root: {"factor": factor, **_named(factor, root)},
-            fix="scale query times key by the reference's factor, once: check `scale` of the attention operator against "
+            parameters=partial(_reported, root),
+            fix="scale query times key by the reference's factor, once: check `scale` of the attention "
+            "operator against "
             "1 / sqrt(head_dim), and that the query is not scaled before it too",
         )
 
 
-def _named(factor: float, root: float) -> dict[str, str]:
+def _reported(root: float, factor: float) -> dict[str, object]:
     for value, words in (
         (root, "no division by sqrt(head_dim)"),
         (1 / root, "divided by sqrt(head_dim) twice"),
     ):
         if abs(factor / value - 1) < 0.01:
-            return {"meaning": words}
-    return {}
+            return {"factor": factor, "meaning": words}
+    return {"factor": factor}
 
 
 def _fault(attention: parts.Attention) -> Callable[[float], Fault]:

@@ -27,7 +27,8 @@ def _trial(parts: tuple[weights.Part, ...], title: str) -> Trial:
         key=str(parts[0]) if len(parts) == 1 else "all",
         title=title,
         fault=weights.fault(parts, torch.zeros_like),
-        parameters=lambda _: {"parameters": [str(part) for part in parts]},
-        fix=f"load or export '{parts[0].name}' too: check the projection's bias flag in the converter and the key of "
+        parameters={"parameters": [str(part) for part in parts]},
+        fix=f"load or export '{parts[0].name}' too: check the projection's bias flag in the converter and "
+        "the key of "
         "the bias in the checkpoint",
     )

@@ -32,8 +32,9 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"outputs {written} {read}",
             title=f"the outputs were written as {written} and read as {read}",
             fault=Fault(outputs=_outputs(case, misread)),
-            parameters=lambda _, written=written, read=read: {"written": written, "read": read},
-            fix=f"allocate the output buffer in the engine's own type ({written}): set the network's output types, and read "
+            parameters={"written": written, "read": read},
+            fix=f"allocate the output buffer in the engine's own type ({written}): set the network's "
+            "output types, and read "
             "engine.get_tensor_dtype on the host",
         )
     for part in weights.matrices(case):
@@ -42,12 +43,13 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"{part} {written} {read}",
                 title=f"'{part}' was stored as {written} and loaded as {read}",
                 fault=weights.fault([part], reinterpreted(source, target)),
-                parameters=lambda _, written=written, read=read, part=part: {
+                parameters={
                     "parameter": str(part),
                     "written": written,
                     "read": read,
                 },
-                fix=f"load '{part.name}' as {written}: check the dtype in the checkpoint's header against the converter's",
+                fix=f"load '{part.name}' as {written}: check the dtype in the checkpoint's header against "
+                "the converter's",
             )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault, Tensors
 from divergence.diagnosis.hypotheses import Trial
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ID = "kv_swapped"
 
@@ -24,8 +26,9 @@ def trials(case: Case) -> Iterator[Trial]:
             key="outputs",
             title="the outputs for key and value are exchanged",
             fault=Fault(outputs=exchanged),
-            parameters=lambda _: {"exchanged": "outputs"},
-            fix="return (key, value) in the reference's order from the export wrapper, and bind outputs by name",
+            parameters={"exchanged": "outputs"},
+            fix="return (key, value) in the reference's order from the export wrapper, and bind outputs by "
+            "name",
         )
     key, value = (weights.projection(case, t) for t in ("key", "value"))
     named = weights.parameters(case)
@@ -35,7 +38,7 @@ def trials(case: Case) -> Iterator[Trial]:
         key="weights",
         title=f"the weights '{key}' and '{value}' are exchanged",
         fault=exchanged_weights(key, value, named),
-        parameters=lambda _: {"exchanged": [str(key), str(value)]},
+        parameters={"exchanged": [str(key), str(value)]},
         fix=f"exchange '{key}' and '{value}' where the converter maps or splits them",
     )
 

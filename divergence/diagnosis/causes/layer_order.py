@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault, LayerUnit
 from divergence.diagnosis.hypotheses import Trial
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 ID = "layer_order"
 
@@ -28,8 +30,9 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"offset {other - own}",
             title=f"layer {own} holds the weights of layer {other}",
             fault=Fault(parameters=changes),
-            parameters=lambda _, other=other: {"layer": own, "holds": other},
-            fix=f"load layer {other}'s weights where layer {other} runs: check the order of layers in the converter (sort "
+            parameters={"layer": own, "holds": other},
+            fix=f"load layer {other}'s weights where layer {other} runs: check the order of layers in the "
+            "converter (sort "
             "by number, not by name: 'layers.10' sorts before 'layers.2')",
         )
 

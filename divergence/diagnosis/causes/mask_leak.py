@@ -15,16 +15,18 @@ _FIX = "build the mask as the reference does: {what}"
 
 
 def trials(case: Case) -> Iterator[Trial]:
-    """A causal mask that starts late, padding or later tokens that are seen, a value that hides too little."""
+    """A causal mask that starts late, padding or later tokens that are seen, a value that hides too
+    little."""
     for number, attention in enumerate(parts.attentions(case.trace)):
         if not attention.masks or not case.trace.reaches(case.tensor, attention.context):
             continue
         for steps in (1, 2, 3, 4):
             yield Trial(
                 key=f"attention {number} ahead {steps}",
-                title=f"the causal mask is off by {steps}: queries see {steps} later token{'s' if steps > 1 else ''}",
+                title=f"the causal mask is off by {steps}: queries see {steps} later "
+                f"token{'s' if steps > 1 else ''}",
                 fault=masks.with_mask(attention, masks.visible_ahead(steps)),
-                parameters=lambda _, steps=steps: {"ahead": steps},
+                parameters={"ahead": steps},
                 fix=_FIX.format(what="the diagonal of triu is 1, that of tril 0"),
             )
         for name, words, hide in (
@@ -35,7 +37,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"attention {number} {name}",
                 title=f"the attention mask leaks: {words}",
                 fault=masks.with_mask(attention, hide),
-                parameters=lambda _, name=name: {"leaks": name},
+                parameters={"leaks": name},
                 fix=_FIX.format(
                     what="combine the causal mask with attention_mask, and feed the latter to the candidate"
                 ),

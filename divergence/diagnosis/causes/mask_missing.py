@@ -19,6 +19,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"attention {number}",
                 title="attention runs without its mask: every token sees every other",
                 fault=masks.with_mask(attention, masks.nothing),
-                fix="pass the mask to the attention operator, or set is_causal: check that the export did not fold an "
+                fix="pass the mask to the attention operator, or set is_causal: check that the export did "
+                "not fold an "
                 "all-true mask taken from the example inputs into a constant",
             )

@@ -12,7 +12,8 @@ from divergence.diagnosis.hypotheses import Trial
 ID = "mask_nan"
 
 _FIX = (
-    "hide with a large finite number that the scores' dtype holds ({low}), not with -inf or a product with it: "
+    "hide with a large finite number that the scores' dtype holds ({low}), not with -inf or a product with "
+    "it: "
     "torch.where(seen, 0, torch.finfo(dtype).min)"
 )
 
@@ -29,15 +30,16 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"attention {number} minus infinity",
             title="the attention mask is -inf over whole rows, whose softmax is NaN",
             fault=masks.with_mask(attention, masks.same, -math.inf),
-            parameters=lambda _: {"mask": "-inf"},
+            parameters={"mask": "-inf"},
             evidence=lambda case, _: _rows(case),
             fix=fix,
         )
         yield Trial(
             key=f"attention {number} product",
-            title="the attention mask is NaN where nothing is hidden: 0 times -inf, a mask value that the dtype cannot hold",
+            title="the attention mask is NaN where nothing is hidden: 0 times -inf, a mask value that the "
+            "dtype cannot hold",
             fault=masks.with_mask(attention, masks.same, seen=math.nan),
-            parameters=lambda _: {"mask": "0 * -inf"},
+            parameters={"mask": "0 * -inf"},
             fix=fix,
         )
 
@@ -47,4 +49,7 @@ def _rows(case: Case) -> Iterator[str]:
     if tensor.dim() == 3:
         rows = ~tensor.isfinite().all(-1)
         whole = (~tensor.isfinite()).all(-1)
-        yield f"{int(rows.sum())} tokens of {case.at} are not finite, {int(whole.sum())} of them in every channel"
+        yield (
+            f"{int(rows.sum())} tokens of {case.at} are not finite, {int(whole.sum())} of them in "
+            "every channel"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from divergence.diagnosis import parts
 from divergence.diagnosis.case import Case
@@ -29,10 +30,18 @@ def trials(case: Case) -> Iterator[Trial]:
             title=f"{which} with epsilon {{value:.3g}} instead of {known:g}",
             fault=_fault(group),
             starts=_starts(known),
-            accept=lambda epsilon, known=known: 0 <= epsilon < 1 and abs(epsilon - known) > 1e-2 * known,
-            parameters=lambda epsilon, known=known: {"epsilon": rounded(epsilon), "reference": known},
+            accept=partial(_is_other, known),
+            parameters=partial(_reported, known),
             fix=f"set the epsilon of the norm to {known:g} (rms_norm_eps, layer_norm_eps, variance_epsilon)",
         )
+
+
+def _is_other(known: float, epsilon: float) -> bool:
+    return 0 <= epsilon < 1 and abs(epsilon - known) > 1e-2 * known
+
+
+def _reported(known: float, epsilon: float) -> dict[str, float]:
+    return {"epsilon": rounded(epsilon), "reference": known}
 
 
 def with_epsilon(norms: list[parts.Norm], epsilon: float) -> Mapping[int, Handler]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change
 from divergence.diagnosis.hypotheses import Trial
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ID = "norm_offset"
 
@@ -28,11 +30,12 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"{'all' if len(group) > 1 else group[0]} {offset:+g}",
                 title=f"the gain {which} {words}",
                 fault=weights.fault(group, _shifted(offset)),
-                parameters=lambda _, offset=offset, group=group: {
+                parameters={
                     "offset": offset,
                     "parameters": [str(p) for p in group],
                 },
-                fix="multiply by the gain as the reference does: Gemma's norms store w and apply 1 + w, Llama's apply w",
+                fix="multiply by the gain as the reference does: Gemma's norms store w and apply 1 + w, "
+                "Llama's apply w",
             )
 
 

@@ -29,9 +29,8 @@ def told(given: Given) -> Told | None:
     return Told(
         ID,
         "exposing the sites as outputs changes what the candidate computes",
-        (
-            f"the model's own outputs differ{amount} between the run with and the run without the extra outputs",
-        ),
-        "compare the model's own outputs, or expose fewer sites at a time: an output ends a fusion, so that what was "
+        (f"the model's own outputs differ{amount} between a run with and one without the extra outputs",),
+        "compare the model's own outputs, or expose fewer sites at a time: an output ends a fusion, so "
+        "that what was "
         "measured here is not what runs in production",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from divergence.diagnosis import parts
 from divergence.diagnosis.case import Case
+from divergence.diagnosis.causes.overflow_residual import to_half
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 from divergence.diagnosis.trace import Call, Handler
@@ -29,10 +31,11 @@ def trials(case: Case) -> Iterator[Trial]:
         yield Trial(
             key="all" if len(group) > 1 else f"norm {group[0].number}",
             title=f"the squares in {which} overflow fp16 (65504), so that the norm returns zeros",
-            fault=Fault(operators=lambda group=group: handlers(case, group)),
-            parameters=lambda _, group=group: {"norms": [n.number for n in group]},
+            fault=Fault(operators=partial(handlers, case, group)),
+            parameters={"norms": [n.number for n in group]},
             evidence=lambda case, _: _evidence(case),
-            fix="take the norm's statistics in fp32: cast its input to fp32 and its output back (TensorRT warns of layer "
+            fix="take the norm's statistics in fp32: cast its input to fp32 and its output back (TensorRT "
+            "warns of layer "
             "norms in fp16), or normalise x / max|x|",
             prior=-0.01,
         )
@@ -55,8 +58,7 @@ def handlers(case: Case, norms: list[parts.Norm]) -> dict[int, Handler]:
 
 
 def _narrow(call: Call) -> object:
-    made = call.run()
-    return made.to(torch.float16).to(made.dtype)
+    return to_half(call.run())
 
 
 def _fused(call: Call) -> object:
@@ -70,7 +72,7 @@ def _fused(call: Call) -> object:
     axes = tuple(range(-len(shape), 0))
     wide = given.float()
     centred = wide - wide.mean(axes, keepdim=True) if layer else wide
-    squares = centred.square().to(torch.float16).float()
+    squares = to_half(centred.square())
     made = centred * torch.rsqrt(squares.mean(axes, keepdim=True) + (1e-5 if epsilon is None else epsilon))
     made = made if weight is None else made * weight
     return (made if bias is None else made + bias).to(given.dtype)
@@ -80,4 +82,7 @@ def _evidence(case: Case) -> Iterator[str]:
     hidden = getattr(case.unit, "hidden", None)
     if hidden is not None:
         reach = float(functional.relu(hidden.nan_to_num(0.0).abs()).max())
-        yield f"the layer's input reaches {reach:.4g}; its square is {reach * reach:.4g}, and fp16 ends at 65504"
+        yield (
+            f"the layer's input reaches {reach:.4g}; its square is {reach * reach:.4g}, and fp16 "
+            "ends at 65504"
+        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ def trials(case: Case) -> Iterator[Trial]:
         yield Trial(
             key=key,
             title=f"the residual stream leaves the range of fp16 and {words}",
-            fault=Fault(operators=lambda store=store: {i: _stored(store) for i in indices}),
-            parameters=lambda _, reach=reach: {"largest": reach, "limit": LARGEST},
+            fault=Fault(operators=partial(_handlers, indices, store)),
+            parameters={"largest": reach, "limit": LARGEST},
             evidence=lambda case, _: evidence(case),
-            fix="keep the residual stream in bf16 or fp32: the additions and what feeds them (strongly typed network "
+            fix="keep the residual stream in bf16 or fp32: the additions and what feeds them (strongly "
+            "typed network "
             "with casts), or scale the weights of attention and MLP outputs down",
         )
 
@@ -48,13 +50,13 @@ def residual_sums(case: Case) -> list[int]:
 
 
 def to_half(tensor: Tensor) -> Tensor:
-    """Through fp16: Inf beyond its range."""
-    return tensor.to(torch.float16).to(tensor.dtype)
+    """Inf where fp16 has it; what fits is left as it is."""
+    return torch.where(tensor.to(torch.float16).isinf(), tensor.to(torch.float16).to(tensor.dtype), tensor)
 
 
 def cut_to_half(tensor: Tensor) -> Tensor:
-    """Through fp16, cut to its range."""
-    return tensor.clamp(-LARGEST, LARGEST).to(torch.float16).to(tensor.dtype)
+    """Cut to the range of fp16."""
+    return tensor.clamp(-LARGEST, LARGEST)
 
 
 def evidence(case: Case) -> Iterator[str]:
@@ -81,8 +83,9 @@ def _reach(case: Case) -> float:
     return float(tensor.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
-def _stored(store: object) -> Handler:
-    def handler(call: Call) -> object:
-        return store(call.run())  # type: ignore[operator]
+def _handlers(indices: list[int], store: Callable[[Tensor], Tensor]) -> dict[int, Handler]:
+    return dict.fromkeys(indices, partial(_stored, store))
 
-    return handler
+
+def _stored(store: Callable[[Tensor], Tensor], call: Call) -> object:
+    return store(call.run())

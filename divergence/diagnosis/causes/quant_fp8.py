@@ -27,12 +27,13 @@ def trials(case: Case) -> Iterator[Trial]:
                     key=f"{words} {name} {grain}",
                     title=f"{words} went through float8 {name} {how}",
                     fault=weights.fault(parts, rounded(dtype, largest, grain, outputs)),
-                    parameters=lambda _, name=name, grain=grain, parts=parts: {
+                    parameters={
                         "format": name,
                         "scale per": grain,
                         "parameters": [str(p) for p in parts],
                     },
-                    fix=f"leave {words} in fp16, or scale every output channel by itself: check the calibration and the "
+                    fix=f"leave {words} in fp16, or scale every output channel by itself: check the "
+                    "calibration and the "
                     "layers excluded from fp8",
                 )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.hypotheses import Trial
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ID = "quant_int8"
 
@@ -19,18 +21,19 @@ def trials(case: Case) -> Iterator[Trial]:
         named = weights.parameters(case)
         for grain, axis in (("tensor", None), ("output channel", 1), ("input channel", 0)):
             for levels in (127.0, 128.0):
-                function = rounded(axis, levels, [weights.output_axis(case, p.name) for p in parts][0])
+                function = rounded(axis, levels, weights.output_axis(case, parts[0].name))
                 yield Trial(
                     key=f"{words} {grain} {levels:g}",
                     title=f"{words} went through int8 with one step for every {grain}",
                     fault=weights.fault(parts, function),
-                    parameters=lambda _, grain=grain, levels=levels, parts=parts, named=named: {
+                    parameters={
                         "per": grain,
                         "per_tensor": grain == "tensor",
                         "step": float(parts[0].of(named[parts[0].name].detach()).abs().max()) / levels,
                         "parameters": [str(p) for p in parts],
                     },
-                    fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: calibrate on real "
+                    fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: "
+                    "calibrate on real "
                     "inputs, and exclude the layer from quantisation",
                 )
 

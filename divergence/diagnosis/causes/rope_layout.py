@@ -27,7 +27,8 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"{layout} {sign:+g}",
                 title=f"the rotary embedding turns {_WORDS[layout]}{backwards}, unlike the reference",
                 fault=found.with_layout(layout, sign),
-                parameters=lambda _, layout=layout, sign=sign: {"layout": layout, "sign": sign},
-                fix="pair the channels as the reference does (`interleaved` of RotaryEmbedding), or permute the rows of "
+                parameters={"layout": layout, "sign": sign},
+                fix="pair the channels as the reference does (`interleaved` of RotaryEmbedding), or "
+                "permute the rows of "
                 "the query and key projections to the other layout",
             )

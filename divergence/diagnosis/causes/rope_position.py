@@ -56,7 +56,7 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"base {base:g}",
             title=f"the rotary embedding's base is {base:g}, and the reference's {own:.6g}",
             fault=found.with_angles(found.angles(positions, stretched)),
-            parameters=lambda _, base=base: {"base": base},
+            parameters={"base": base},
             fix="set the rotary embedding's base (rope_theta) to the reference's",
         )
 
@@ -113,6 +113,6 @@ def _trial(
         key=key,
         title=title if title.startswith("no ") else f"the rotary embedding's {title}",
         fault=found.with_angles(found.angles(positions, found.frequencies)),
-        parameters=lambda _: parameters,
+        parameters=parameters,
         fix=_FIX.format(what="they start at 0 and count valid tokens, or all, exactly as the reference's do"),
     )

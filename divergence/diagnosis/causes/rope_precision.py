@@ -38,18 +38,19 @@ def trials(case: Case) -> Iterator[Trial]:
         return
     for precision in sorted(HALVES, key=lambda name: name != case.given.precision):
         for rounded in VARIANTS:
-            words = " and ".join((", ".join(rounded[:-1]), rounded[-1])) if len(rounded) > 1 else rounded[0]
+            words = ", ".join(rounded)
             yield Trial(
                 key=f"{precision} {words}",
-                title=f"the rotary angles run in {precision}: {words} {'is' if len(rounded) == 1 and 'and' not in words else 'are'} rounded",
+                title=f"the rotary angles run in {precision} (rounded: {words})",
                 fault=rounded_angles(found, HALVES[precision], rounded),
-                parameters=lambda _, precision=precision, rounded=rounded: {
+                parameters={
                     "precision": precision,
                     "rounded": list(rounded),
                 },
                 evidence=lambda case, _: evidence(case),
                 fix="keep positions, inv_freq, angles, cos and sin in fp32: build a strongly typed network "
-                "(TensorRT: NetworkDefinitionCreationFlag.STRONGLY_TYPED) with casts around the rotary embedding, and do "
+                "(TensorRT: NetworkDefinitionCreationFlag.STRONGLY_TYPED) with casts around the rotary "
+                "embedding, and do "
                 "not convert the buffer inv_freq with module.half()",
             )
 
@@ -68,5 +69,8 @@ def evidence(case: Case) -> Iterator[str]:
     """How the error grows with the position, and what the engine says."""
     token = case.result.profile.token
     if len(token) > 1 and token[0] < token[-1]:
-        yield f"the error grows with the position: {token[0]:.2g} at the first token, {token[-1]:.2g} at the last"
+        yield (
+            f"the error grows with the position: {token[0]:.2g} at the first token, {token[-1]:.2g} "
+            "at the last"
+        )
     yield from ran_in(case.given.facts, "rotary")

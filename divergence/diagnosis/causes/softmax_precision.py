@@ -26,12 +26,13 @@ def trials(case: Case) -> Iterator[Trial]:
                     key=f"attention {number} {precision} {words}",
                     title=f"the softmax of attention runs in {precision}: {words} rounded",
                     fault=masks.with_softmax(attention, function),
-                    parameters=lambda _, precision=precision, words=words: {
+                    parameters={
                         "precision": precision,
                         "rounded": words,
                     },
                     evidence=lambda case, _: ran_in(case.given.facts, "softmax"),
-                    fix="keep scores and softmax in fp32: casts around the softmax in a strongly typed network, "
+                    fix="keep scores and softmax in fp32: casts around the softmax in a strongly typed "
+                    "network, "
                     "softmax(dtype=torch.float32) in PyTorch",
                 )
 

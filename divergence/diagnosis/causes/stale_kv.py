@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"call {case.at.call - call}",
                 title=f"key and value are those of call {call}, not of call {case.at.call}",
                 fault=Fault(outputs=_replaced(earlier), operators=_read_in_attention(case, earlier)),
-                parameters=lambda _, call=call: {"call": call},
+                parameters={"call": call},
                 fix=_FIX.format(
                     what="the engine reads the buffer of the call before, or the host does not update it"
                 ),
@@ -37,9 +38,10 @@ def trials(case: Case) -> Iterator[Trial]:
     for shift in (1, -1):
         yield Trial(
             key=f"shift {shift}",
-            title=f"key and value stand {abs(shift)} place {'too late' if shift > 0 else 'too early'} in the cache",
-            fault=Fault(outputs=_moved(lambda t, shift=shift: t.roll(shift, -2))),
-            parameters=lambda _, shift=shift: {"shift": shift},
+            title=f"key and value stand {abs(shift)} place {'too late' if shift > 0 else 'too early'} in "
+            "the cache",
+            fault=Fault(outputs=_moved(partial(torch.roll, shifts=shift, dims=-2))),
+            parameters={"shift": shift},
             fix=_FIX.format(what="check the cache position that this call writes to"),
         )
     if case.clean[case.tensor].shape[0] > 1:
@@ -52,7 +54,8 @@ def trials(case: Case) -> Iterator[Trial]:
 
 
 def facts(case: Case) -> Tried | None:
-    """Told without an emulation: keys and values have nothing to do with the reference's, while what attention
+    """Told without an emulation: keys and values have nothing to do with the reference's, while what
+    attention
     makes of the layer's input is right and the tensors are as large as they should be."""
     if not {"key", "value"} <= set(case.failing) or "hidden" in case.failing or "hidden" not in case.error:
         return None
@@ -64,7 +67,8 @@ def facts(case: Case) -> Tried | None:
         if cosine > 0.9 or not 0.5 < size < 2:
             return None
         evidence.append(
-            f"{case.site_of(name)} is as large as the reference's ({size:.3g} times) and yet another tensor (cosine {cosine:.2g})"
+            f"{case.site_of(name)} is as large as the reference's ({size:.3g} times) and yet another "
+            f"tensor (cosine {cosine:.2g})"
         )
     evidence.append(
         f"{case.site_of('hidden')} passes, so attention in this layer read the right keys and values"

@@ -26,8 +26,10 @@ def told(given: Given) -> Told | None:
         return None
     return Told(
         ID,
-        "the host reads the outputs before the engine has written them: two CUDA streams that do not wait for each other",
+        "the host reads the outputs before the engine has written them: two CUDA streams that do not wait "
+        "for each other",
         tuple(str(line) for line in found.get("evidence", ())),
-        "run the engine on the stream that the inputs are written on (execute_async_v3(torch.cuda.current_stream()"
+        "run the engine on the stream that the inputs are written on "
+        "(execute_async_v3(torch.cuda.current_stream()"
         ".cuda_stream)), or synchronise before reading; do not mix streams of PyTorch and pycuda",
     )

@@ -31,7 +31,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 key=f"{words} {how}",
                 title=f"products run in TF32: operands of {words} are {how} 10 mantissa bits",
                 fault=products.computed(indices, products.rounded_operands(rounding)),
-                parameters=lambda _, words=words, how=how: {"products": words, "operands": how},
+                parameters={"products": words, "operands": how},
                 evidence=lambda case, _: ran_in(case.given.facts, "projection"),
                 fix="clear TF32 (TensorRT: config.clear_flag(trt.BuilderFlag.TF32); PyTorch: "
                 "torch.backends.cuda.matmul.allow_tf32 = False), or say --precision tf32 if it is meant",

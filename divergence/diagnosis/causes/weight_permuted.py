@@ -73,7 +73,7 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
         key=f"{part} {unit}",
         title=f"the {unit} of '{part}' stand in another order" + (f": {order}" if len(order) <= 16 else ""),
         fault=fault,
-        parameters=lambda _: {"parameter": str(part), "unit": unit, "order": order},
+        parameters={"parameter": str(part), "unit": unit, "order": order},
         fix=_FIX.format(name=part.name),
     )
 
@@ -168,6 +168,6 @@ def _trial(
         key=f"{part} {key}",
         title=f"'{part}' {words}",
         fault=weights.fault([part], change),
-        parameters=lambda _: {"parameter": str(part), "change": key, **parameters},
+        parameters={"parameter": str(part), "change": key, **parameters},
         fix=_FIX.format(name=part.name),
     )

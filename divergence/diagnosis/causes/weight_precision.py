@@ -18,19 +18,18 @@ def trials(case: Case) -> Iterator[Trial]:
     """Each weight, then all, rounded to bf16 and to fp16."""
     for words, parts in weights.scopes(case):
         for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            meant = "bf16-weights" if precision == "bf16" else precision
             yield Trial(
                 key=f"{words} {precision}",
                 title=f"{words} {'is' if len(parts) == 1 else 'are'} rounded to {precision}".replace(
                     "every weight are", "all weights are"
                 ),
                 fault=weights.fault(parts, through(dtype)),
-                parameters=lambda _, precision=precision, parts=parts: {
+                parameters={
                     "precision": precision,
                     "parameters": [str(p) for p in parts],
                 },
-                fix=f"export {words} from the fp32 checkpoint, or say --precision {precision}-weights if {precision} is meant"
-                if precision == "bf16"
-                else f"export {words} from the fp32 checkpoint, or say --precision {precision} if {precision} is meant",
+                fix=f"export {words} from the fp32 checkpoint, or say --precision {meant} if it is meant",
             )
 
 

@@ -11,7 +11,10 @@ from divergence.diagnosis.hypotheses import Trial
 
 ID = "weight_scale"
 
-_FIX = "compare '{name}' in the checkpoint and in the export: a scale was applied twice, left out, or folded wrongly"
+_FIX = (
+    "compare '{name}' in the checkpoint and in the export: a scale was applied twice, left out, "
+    "or folded wrongly"
+)
 
 
 def trials(case: Case) -> Iterator[Trial]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -21,7 +22,7 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"{part} zero",
             title=f"'{part}' is all zero",
             fault=weights.fault([part], torch.zeros_like),
-            parameters=lambda _, part=part: {"parameter": str(part), "value": 0.0},
+            parameters={"parameter": str(part), "value": 0.0},
             fix=f"load '{part.name}': the converter left it out, or a quantiser's scale is 0 or infinite",
         )
     for part in weights.matrices(case):
@@ -31,9 +32,13 @@ def trials(case: Case) -> Iterator[Trial]:
             fault=_constant(part),
             starts=(0.0, 0.01),
             accept=lambda value: value != 0.0,
-            parameters=lambda value, part=part: {"parameter": str(part), "value": value},
+            parameters=partial(_reported, part),
             fix=f"load '{part.name}': the candidate holds one number in all of it",
         )
+
+
+def _reported(part: weights.Part, value: float) -> dict[str, object]:
+    return {"parameter": str(part), "value": value}
 
 
 def _constant(part: weights.Part) -> Callable[[float], Fault]:
