@@ -178,13 +178,12 @@ class Case:
     @cached_property
     def error(self) -> Mapping[str, Tensor]:
         """Candidate minus reference, float64, zero at padding and where either is not finite."""
-        return {
-            name: self.difference(name, tensor, self.clean[name]) for name, tensor in self.candidate.items()
-        }
+        return {name: self.difference(name, tensor) for name, tensor in self.candidate.items()}
 
-    def difference(self, name: str, tensor: Tensor, clean: Tensor) -> Tensor:
+    def difference(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor - clean` in float64, zero where either is not finite and at padding."""
-        return (self.valid(name, tensor) - self.valid(name, clean)).where(
+        clean = self.clean[name]
+        return (self.valid(name, tensor) - self.valid_clean(name)).where(
             tensor.isfinite() & clean.isfinite(), 0.0
         )
 
@@ -192,7 +191,9 @@ class Case:
         """`tensor` in float64, zero at padding and where it is not finite."""
         site = self.site_of(name)
         wide = tensor.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
-        mask = self.given.mask_of(site, tensor)
+        if f"mask {name}" not in self.memory:
+            self.memory[f"mask {name}"] = self.given.mask_of(site, tensor)
+        mask: Tensor | None = self.memory[f"mask {name}"]
         axes = self.given.axes_of(site)
         if mask is None:
             return wide
@@ -232,7 +233,10 @@ class Case:
 
     def valid_clean(self, name: str) -> Tensor:
         """`clean` in float64, zero at padding."""
-        return self.valid(name, self.clean[name])
+        if f"clean {name}" not in self.memory:
+            self.memory[f"clean {name}"] = self.valid(name, self.clean[name])
+        kept: Tensor = self.memory[f"clean {name}"]
+        return kept
 
     def fit(self, fault: Fault) -> Fit:
         """How well `fault` explains the error; where the candidate holds NaN or Inf, those."""
@@ -244,7 +248,7 @@ class Case:
         faulty = self._run(fault, self.trace.unchanged(fault, products=False))
         return self.judge(
             {
-                name: self.difference(name, self._like(name, faulty[name]), self.clean[name])
+                name: self.difference(name, self._like(name, faulty[name]))
                 for name in self.error
                 if name in faulty
             }
@@ -283,9 +287,7 @@ class Case:
         for index in self.trace.skippable(self.tensor):
             reuse[index] = self.trace.results[index]
         faulty = self._run(fault, reuse)
-        return self.difference(
-            self.tensor, self._like(self.tensor, faulty[self.tensor]), self.clean[self.tensor]
-        )
+        return self.difference(self.tensor, self._like(self.tensor, faulty[self.tensor]))
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for
