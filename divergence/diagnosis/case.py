@@ -28,6 +28,9 @@ WORTH_MORE = 0.3
 SEEN = 4.0
 """An emulated error of less than this many times the floor is taken not to show."""
 
+MASSIVE = 30.0
+"""A channel of more than this many times the median channel is a massive activation."""
+
 _LEAST = 1e-12
 
 
@@ -188,9 +191,13 @@ class Case:
         )
 
     def valid(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in float64, zero at padding and where it is not finite."""
+        """`tensor` in float64, zero at padding and where it is not finite. Where one channel of a hidden state
+        holds far more than the others, each channel counts in units of its own size: the rounding of a
+        massive activation would bury what goes on in the others."""
         site = self.site_of(name)
         wide = tensor.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        scale = self._channel_scale(name)
+        wide = wide if scale is None else wide / scale
         if f"mask {name}" not in self.memory:
             self.memory[f"mask {name}"] = self.given.mask_of(site, tensor)
         mask: Tensor | None = self.memory[f"mask {name}"]
@@ -202,6 +209,20 @@ class Case:
         else:
             shape = [*mask.shape, *[1] * (tensor.dim() - 2)]
         return wide * mask.to(wide).reshape(shape)
+
+    def _channel_scale(self, name: str) -> Tensor | None:
+        """RMS of each channel of a hidden state with a massive activation, else None."""
+        if f"scale {name}" not in self.memory:
+            clean = self.clean[name]
+            sizes = None
+            if clean.dim() == 3 and name == "hidden":
+                wide = clean.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+                sizes = wide.square().mean((0, 1)).sqrt()
+                middle = float(sizes.median())
+                sizes = sizes.clamp(min=middle) if float(sizes.max()) > MASSIVE * middle > 0 else None
+            self.memory[f"scale {name}"] = sizes
+        kept: Tensor | None = self.memory[f"scale {name}"]
+        return kept
 
     def floor(self, name: str) -> float:
         """Noise floor of a tensor's introduced error, relative L2."""
