@@ -28,6 +28,9 @@ WORTH_MORE = 0.3
 SEEN = 4.0
 """An emulated error of less than this many times the floor is taken not to show."""
 
+MASSIVE = 30.0
+"""A channel of more than this many times the median channel is a massive activation."""
+
 _LEAST = 1e-12
 
 
@@ -178,21 +181,26 @@ class Case:
     @cached_property
     def error(self) -> Mapping[str, Tensor]:
         """Candidate minus reference, float64, zero at padding and where either is not finite."""
-        return {
-            name: self.difference(name, tensor, self.clean[name]) for name, tensor in self.candidate.items()
-        }
+        return {name: self.difference(name, tensor) for name, tensor in self.candidate.items()}
 
-    def difference(self, name: str, tensor: Tensor, clean: Tensor) -> Tensor:
+    def difference(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor - clean` in float64, zero where either is not finite and at padding."""
-        return (self.valid(name, tensor) - self.valid(name, clean)).where(
+        clean = self.clean[name]
+        return (self.valid(name, tensor) - self.valid_clean(name)).where(
             tensor.isfinite() & clean.isfinite(), 0.0
         )
 
     def valid(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in float64, zero at padding and where it is not finite."""
+        """`tensor` in float64, zero at padding and where it is not finite. Where one channel of a hidden state
+        holds far more than the others, each channel counts in units of its own size: the rounding of a
+        massive activation would bury what goes on in the others."""
         site = self.site_of(name)
         wide = tensor.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
-        mask = self.given.mask_of(site, tensor)
+        scale = self._channel_scale(name)
+        wide = wide if scale is None else wide / scale
+        if f"mask {name}" not in self.memory:
+            self.memory[f"mask {name}"] = self.given.mask_of(site, tensor)
+        mask: Tensor | None = self.memory[f"mask {name}"]
         axes = self.given.axes_of(site)
         if mask is None:
             return wide
@@ -201,6 +209,20 @@ class Case:
         else:
             shape = [*mask.shape, *[1] * (tensor.dim() - 2)]
         return wide * mask.to(wide).reshape(shape)
+
+    def _channel_scale(self, name: str) -> Tensor | None:
+        """RMS of each channel of a hidden state with a massive activation, else None."""
+        if f"scale {name}" not in self.memory:
+            clean = self.clean[name]
+            sizes = None
+            if clean.dim() == 3 and name == "hidden":
+                wide = clean.to(torch.float64).nan_to_num(0.0, 0.0, 0.0)
+                sizes = wide.square().mean((0, 1)).sqrt()
+                middle = float(sizes.median())
+                sizes = sizes.clamp(min=middle) if float(sizes.max()) > MASSIVE * middle > 0 else None
+            self.memory[f"scale {name}"] = sizes
+        kept: Tensor | None = self.memory[f"scale {name}"]
+        return kept
 
     def floor(self, name: str) -> float:
         """Noise floor of a tensor's introduced error, relative L2."""
@@ -232,7 +254,10 @@ class Case:
 
     def valid_clean(self, name: str) -> Tensor:
         """`clean` in float64, zero at padding."""
-        return self.valid(name, self.clean[name])
+        if f"clean {name}" not in self.memory:
+            self.memory[f"clean {name}"] = self.valid(name, self.clean[name])
+        kept: Tensor = self.memory[f"clean {name}"]
+        return kept
 
     def fit(self, fault: Fault) -> Fit:
         """How well `fault` explains the error; where the candidate holds NaN or Inf, those."""
@@ -244,7 +269,7 @@ class Case:
         faulty = self._run(fault, self.trace.unchanged(fault, products=False))
         return self.judge(
             {
-                name: self.difference(name, self._like(name, faulty[name]), self.clean[name])
+                name: self.difference(name, self._like(name, faulty[name]))
                 for name in self.error
                 if name in faulty
             }
@@ -283,9 +308,7 @@ class Case:
         for index in self.trace.skippable(self.tensor):
             reuse[index] = self.trace.results[index]
         faulty = self._run(fault, reuse)
-        return self.difference(
-            self.tensor, self._like(self.tensor, faulty[self.tensor]), self.clean[self.tensor]
-        )
+        return self.difference(self.tensor, self._like(self.tensor, faulty[self.tensor]))
 
     def _like(self, name: str, tensor: Tensor) -> Tensor:
         """`tensor` with all heads of `clean`: where heads are equal (all zero, say) probes take them for

@@ -148,7 +148,11 @@ class Activated:
 def activated(case: Case) -> list[Activated]:
     """The activations that the site depends on."""
     found: list[Activated] = []
+    # A tanh between scores and softmax caps the scores (Gemma 2).
+    scores = {i for a in attentions(case.trace) for i in case.trace.ancestors(a.softmax) if a.fused is None}
     for operator in activations(case.trace):
+        if operator.index in scores and operator.name in ("tanh", "sigmoid"):
+            continue
         if operator.name in ("tanh", "sigmoid") and _written_out(case.trace, operator) is not None:
             first, last, name = _written_out(case.trace, operator) or (0, 0, "")
         else:

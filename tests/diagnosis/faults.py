@@ -70,16 +70,16 @@ def diagnosed(
     return result
 
 
-def case_of(
-    monkeypatch: pytest.MonkeyPatch, reference: nn.Module, candidate: nn.Module, inputs: Mapping[str, Tensor]
-) -> Case:
+def case_of(reference: nn.Module, candidate: nn.Module, inputs: Mapping[str, Tensor]) -> Case:
     """The case of the first layer that fails."""
     seen: list[Case] = []
 
     def keep(case: Case) -> list[Tried]:
+        assert case.error  # read while the captures are there
         seen.append(case)
         return []
 
-    monkeypatch.setattr(search, "investigate", keep)
-    diagnosed(reference, candidate, inputs)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(search, "investigate", keep)
+        diagnosed(reference, candidate, inputs)
     return seen[0]
