@@ -43,6 +43,7 @@ def compare_chain(
     floor: object = None,
     memory: int = 512 << 20,
     engine: EngineOptions | None = None,
+    diagnose: bool = True,
     keep: Path | None = None,
     config: Config | None = None,
     command: str = "",
@@ -58,7 +59,7 @@ def compare_chain(
         cands: the candidates: sources, in the order in which each was made from the one before.
         names: a short label for each; by default from its source.
         precision: what all candidates are meant to run in; by default what each shows itself.
-        inputs, tolerance, exclude, detail, replay, floor, memory, engine, keep, config, command, progress: as
+        inputs, tolerance, exclude, detail, replay, floor, memory, engine, diagnose, keep, config, command, progress: as
             for `divergence.compare`.
 
     Raises:
@@ -68,7 +69,14 @@ def compare_chain(
     labels = _labels(cands, names)
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command, engine
+        check_precision(precision) if precision else None,
+        detail,
+        replay,
+        floor,
+        memory,
+        command,
+        engine,
+        diagnose,
     )
     tensors = read_inputs(inputs, config)
     with working_folder(keep) as folder, quiet_collector():

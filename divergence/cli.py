@@ -138,7 +138,8 @@ def main() -> None:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Sites not to compare; several times.")
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
-@click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@_engine
+@click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
 @click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
 def compare(
     ref: str,
@@ -155,6 +156,7 @@ def compare(
     floor: str | None,
     keep_captures: bool,
     no_diagnosis: bool,
+    **engine: Any,
 ) -> int:
     """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
     if keep_captures and out is None:
@@ -173,29 +175,17 @@ def compare(
         "floor": floor,
         "memory": memory << 20,
         "engine": _engine_options(engine),
+        "diagnose": not no_diagnosis,
         "keep": out if keep_captures else None,
         "config": config,
         "command": _command(),
     }
     result: Comparison | Chain
     with progress(sys.stderr, sys.stderr.isatty()) as shown:
-        result = run(
-            ref,
-            cand,
-            inputs,
-            precision=precision,
-            tolerance=_tolerance(tolerance, config),
-            exclude=exclude,
-            detail=detail,
-            replay=replay,
-            floor=floor,
-            memory=memory << 20,
-            keep=out if keep_captures else None,
-            config=config,
-            command=_command(),
-            diagnose=not no_diagnosis,
-            progress=shown,
-        )
+        if len(cand) == 1:
+            result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
+        else:
+            result = compare_chain(ref, cand, inputs, **options, progress=shown)
     return _report(result, out)
 
 

@@ -280,7 +280,9 @@ def load_comparison(path: Path) -> Comparison:
     return Comparison.from_json(text, str(file))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """`value` in JSON's own types: dataclasses as objects of their fields, NaN and infinities as null.
+    A field whose name is a word of Python's, and so ends in an underscore, is written without it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name.rstrip("_"): as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

@@ -75,14 +75,13 @@ class Setting:
         Raises:
             DivergenceError: as `divergence.sources.open_source`.
         """
-        ready = self.early.pop(str(source), None)
-        if ready is None:
-            options = self.options
-            return open_source(
-                source, self.config, reference=reference, memory=options.memory, engine=options.engine
-            )
-        _engine_of(ready).reference = reference
-        return ready
+        options = self.options
+        probe = self.early.pop(str(source), None) or open_source(
+            source, self.config, reference=reference, memory=options.memory, engine=options.engine
+        )
+        if probe.kind == "tensorrt":
+            _engine_of(probe).reference = reference  # it may have been opened before the reference ran
+        return probe
 
     def close(self) -> None:
         """Ends what was got ready and never used."""

@@ -36,7 +36,9 @@ def write_plan(path: Path, content: bytes = b"layers") -> Path:
     return path
 
 
-def write_engine(folder: Path, *, content: bytes = b"layers", name: str = "engine", plain: bool = False) -> Path:
+def write_engine(
+    folder: Path, *, content: bytes = b"layers", name: str = "engine", plain: bool = False
+) -> Path:
     """A plan of the bundled model with the sidecar that `divergence build` would write."""
     onnx = folder / f"{name}.onnx"
     demo.write_bundled("clean", onnx)
@@ -130,10 +132,16 @@ class StandIn:
     def _answer(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         io = [{"name": n, "input": True, "dtype": "int64", "shape": [1, -1]} for n in demo.INPUTS]
         io += [
-            {"name": n, "input": False, "dtype": "float32", "shape": list(t.shape)} for n, t in tensors.items()
+            {"name": n, "input": False, "dtype": "float32", "shape": list(t.shape)}
+            for n, t in tensors.items()
         ]
         return {
-            "machine": {"tensorrt": "10.6.0", "gpu": "NVIDIA H100", "compute": "9.0", "platform": "Linux x86_64"},
+            "machine": {
+                "tensorrt": "10.6.0",
+                "gpu": "NVIDIA H100",
+                "compute": "9.0",
+                "platform": "Linux x86_64",
+            },
             "host": "torch",
             "io": io,
             "notes": [],

@@ -18,7 +18,9 @@ def test_shapes_are_read() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["x", "x=", "=1x2", "x=1xa", "x=1,2", "x=1x2,1x2x3,1x2", "x=1x2,1x2,1x2,1x2"])
+@pytest.mark.parametrize(
+    "text", ["x", "x=", "=1x2", "x=1xa", "x=1,2", "x=1x2,1x2x3,1x2", "x=1x2,1x2,1x2,1x2"]
+)
 def test_shapes_that_are_none(text: str) -> None:
     with pytest.raises(ConfigurationError, match="write it as NAME=SHAPE"):
         parse_shapes([text])
