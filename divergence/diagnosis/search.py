@@ -126,7 +126,7 @@ class Search:
                 )
                 break
             searched += 1
-            results = self._search(case, found, failing[0].site)
+            results = self._search(case, found, failing[0].site if lost else str(case.at))
             known += results
             if lost or not self._introduced:
                 break  # what follows is made of this

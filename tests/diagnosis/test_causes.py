@@ -241,6 +241,20 @@ def test_two_faults_in_one_layer_are_both_named() -> None:
     ]
 
 
+def test_a_second_fault_in_a_layer_of_a_fault_that_is_everywhere_is_named_at_its_own_site() -> None:
+    def fault(model: Any) -> None:
+        KNOWN["rope inv_freq"].fault(model)
+        layer(model, 1).mlp.down_proj.weight.mul_(1.05)
+
+    reference = MODELS["llama"]()
+    result = diagnosed(reference, planted(reference, fault), inputs_for("llama", 1, 40))
+    assert [(c.id, c.site) for c in result.causes] == [
+        ("rope_precision", "layers.0.key"),
+        ("weight_scale", "layers.1.hidden"),
+    ]
+    assert result.causes[0].parameters["sites"] == ["layers.0.key", "layers.1.key", "layers.2.key"]
+
+
 def test_noise_is_unknown_and_comes_with_facts() -> None:
     def fault(model: Any) -> None:
         weight = layer(model, 1).mlp.down_proj.weight
