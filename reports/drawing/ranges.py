@@ -1,0 +1,47 @@
+"""Ranges of values by layer, reference against candidate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from divergence.reports.drawing.style import PALETTE, Plot, blank, layer_axis, legend, plain_numbers
+from divergence.reports.layers import Row
+from divergence.result import SiteResult
+
+# From this factor between the widest and the median range on, the axis is logarithmic off zero.
+_WIDE = 30
+
+
+def ranges(rows: Sequence[Row], tensor: str, *, standalone: bool) -> Plot:
+    """Smallest to largest value of `tensor`: broad bars the reference, narrow ones the candidate."""
+    title = f"Range of {tensor} by layer"
+    figure, axes = blank(title if standalone else "", legend=True)
+    sites = [row.sites.get(tensor) for row in rows]
+    share = (figure.axes[0].get_position().width * 360) / max(1, len(rows))
+    broad, narrow = max(1.6, min(9.0, share * 0.75)), max(0.8, min(3.0, share * 0.28))
+    reference = [(i, *_ends(s, "ref")) for i, s in enumerate(sites) if s is not None]
+    candidate = [(i, *_ends(s, "cand")) for i, s in enumerate(sites) if s is not None]
+    for bars, color, width, label in (
+        (reference, PALETTE["reference"], broad, "reference"),
+        (candidate, PALETTE["cumulative"], narrow, "candidate"),
+    ):
+        drawn = [(x, low, high) for x, low, high in bars if math.isfinite(low) and math.isfinite(high)]
+        x, low, high = zip(*drawn, strict=True) if drawn else ((), (), ())
+        axes.vlines(x, low, high, color=color, linewidth=width, label=label)
+        # A range of no extent (all zero, constant) would not be seen.
+        flat = [(x, low) for x, low, high in drawn if low == high]
+        axes.plot(*zip(*flat, strict=True) if flat else ((), ()), "_", color=color, markersize=broad + 2)
+    tops = sorted(t for _, low, high in (*reference, *candidate) if (t := max(abs(low), abs(high))) > 0)
+    if tops and tops[-1] > _WIDE * tops[len(tops) // 2]:
+        axes.set_yscale("symlog", linthresh=tops[len(tops) // 2])
+    plain_numbers(axes)
+    layer_axis(axes, rows)
+    if standalone:
+        legend(figure, axes)
+    return Plot(f"range-{tensor}", "range", tensor, title, figure, len(rows))
+
+
+def _ends(site: SiteResult, side: str) -> tuple[float, float]:
+    low, high = getattr(site, f"{side}_min"), getattr(site, f"{side}_max")
+    return (math.nan if low is None else float(low), math.nan if high is None else float(high))
