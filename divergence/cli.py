@@ -84,7 +84,7 @@ def main() -> None:
 )
 @click.option("--cand", required=True, metavar="SRC", help="Candidate: an .onnx file, a capture, pytorch:...")
 @_common
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for report.json.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the reports.")
 @click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
 @click.option(
     "--tolerance",
@@ -203,6 +203,38 @@ def demo(out: Path | None) -> int:
     return run(out)
 
 
+@main.command()
+@click.argument("report_dir", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--link", default="", metavar="URL", help="Where the page will be found, for summary.md.")
+def report(report_dir: Path, link: str) -> int:
+    """Render the reports in DIR again from its report.json; exit status as of compare."""
+    from divergence.result import load_report
+
+    return _report(load_report(report_dir), report_dir, link)
+
+
+@main.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--factor",
+    type=float,
+    default=2.0,
+    show_default=True,
+    help="Ratio of error-over-floor ratios up to which a change is noise.",
+)
+def diff(old: Path, new: Path, factor: float) -> int:
+    """Compare two reports (folders or report.json): exit 1 if a site became worse beyond noise."""
+    from divergence.diff import diff as run
+    from divergence.reports.difference import render_difference
+    from divergence.result import load_report
+
+    found = run(load_report(old), load_report(new), factor)
+    width = click.get_current_context().terminal_width or 100
+    click.echo(render_difference(found, width=width, color=sys.stdout.isatty()))
+    return {"regressed": 1, "error": 2}.get(found.verdict, 0)
+
+
 def _config(path: Path | None) -> Config:
     from divergence.config import load_config
 
@@ -218,16 +250,18 @@ def _tolerance(given: tuple[str, ...], config: Config) -> Tolerance:
     return tolerance
 
 
-def _report(result: Comparison, out: Path | None) -> int:
+def _report(result: Comparison, out: Path | None, link: str = "") -> int:
     from divergence.reports.terminal import render
 
     if out is not None:
-        result.save(out / "report.json")
+        from divergence.reports import write_all
+
+        write_all(result, out, link=link)
     terminal = sys.stdout.isatty()
     width = click.get_current_context().terminal_width or 100
     click.echo(render(result, width=width, color=terminal))
     if out is not None:
-        click.echo(f"report: {out / 'report.json'}")
+        click.echo(f"report: {out / 'report.html'}")
     return EXIT[result.verdict]
 
 

@@ -11,9 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from divergence.errors import SourceError, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 
@@ -198,6 +201,12 @@ class Comparison:
                 return result
         raise KeyError(name)
 
+    def to_frame(self) -> pd.DataFrame:
+        """The sites as a table of pandas, with the columns that `divergence.frame.COLUMNS` documents."""
+        from divergence.frame import to_frame
+
+        return to_frame(self)
+
     def to_json(self) -> str:
         """`report.json`: strict JSON (NaN and infinities become null; counts say how many)."""
         return json.dumps(_plain(self), indent=1, allow_nan=False, sort_keys=False)
@@ -218,12 +227,28 @@ class Comparison:
             content = json.loads(text)
             schema = content["schema"]
             if schema != SCHEMA:
-                raise SourceError(
-                    f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again"
-                )
+                newer = isinstance(schema, int) and schema > SCHEMA
+                mend = "update divergence" if newer else "run compare again"
+                raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; {mend}")
             return _read(cls, content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
+
+
+def load_report(path: Path) -> Comparison:
+    """The report in the folder or file `path`.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise SourceError(f"{file}: no such report; give the folder that compare --out wrote") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file}: not a report of divergence (not text in UTF-8)") from error
+    return Comparison.from_json(text, str(file))
 
 
 def _plain(value: Any) -> Any:

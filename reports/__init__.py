@@ -7,10 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from divergence.config import Tolerance
-from divergence.result import METRICS, Policy, SiteResult
+from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
+
+
+def write_all(comparison: Comparison, out: Path, *, link: str = "") -> None:
+    """Writes every report of `comparison` into the folder `out`: `report.json`, `report.html`,
+    `summary.md`, `junit.xml` and `plots/`.
+
+    Args:
+        comparison: what to report.
+        out: folder; made where there is none.
+        link: address of the page for the summary, where it will be published.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    # Matplotlib and the templates take a quarter of a second to load: only who writes a page pays.
+    from divergence.reports.html import render_html
+    from divergence.reports.junit import render_junit
+    from divergence.reports.markdown import render_markdown
+    from divergence.reports.plots import write_plots
+
+    comparison.save(out / "report.json")
+    (out / "report.html").write_text(render_html(comparison), encoding="utf-8")
+    (out / "summary.md").write_text(render_markdown(comparison, link), encoding="utf-8")
+    (out / "junit.xml").write_text(render_junit(comparison), encoding="utf-8")
+    write_plots(comparison, out / "plots")
 
 
 def plain(text: object, *, ascii_only: bool = False) -> str:

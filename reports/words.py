@@ -61,14 +61,16 @@ def story(comparison: Comparison) -> Story:
         detail=f"Everything computed before it is within its limits. {_capital(in_words(site, comparison.policy))}.",
         where=_capital(place(site)) + (f": {what}." if what else "."),
         size=_size(site, comparison.policy),
-        spread=_spread(comparison, site),
+        spread=_spread(comparison),
     )
 
 
 def _passed(comparison: Comparison) -> Story:
     sites = comparison.sites
     if all(site.bit_equal for site in sites):
-        return Story("Candidate and reference are equal to the bit", f"{counted(len(sites), 'site')} compared.")
+        return Story(
+            "Candidate and reference are equal to the bit", f"{counted(len(sites), 'site')} compared."
+        )
     worst = worst_site(comparison)
     detail = f"All {counted(len(sites), 'site')} are within their limits."
     if worst is not None and comparison.policy.policy == "noise-floor":
@@ -115,11 +117,15 @@ def _size(site: SiteResult, policy: Policy) -> str:
     return text + "."
 
 
-def _spread(comparison: Comparison, first: SiteResult) -> str:
+def _spread(comparison: Comparison) -> str:
     failing = sum(s.verdict == "fail" for s in comparison.sites) - 1
     carried = sum(propagated(s, comparison.policy) for s in comparison.sites)
     parts = [f"{counted(failing, 'more site')} {'fails' if failing == 1 else 'fail'}"] if failing > 0 else []
-    parts += [f"{counted(carried, 'site')} only {'passes' if carried == 1 else 'pass'} on what came in"] if carried else []
+    parts += (
+        [f"{counted(carried, 'site')} only {'passes' if carried == 1 else 'pass'} on what came in"]
+        if carried
+        else []
+    )
     return _capital(", ".join(parts)) + "." if parts else ""
 
 
@@ -149,7 +155,11 @@ def judged_by(policy: Policy) -> str:
     """What the verdict rests on, in a sentence."""
     if policy.policy == "absolute":
         return "absolute limits"
-    what = "the error that each layer itself adds" if policy.judged == "introduced" else "the error accumulated up to each site"
+    what = (
+        "the error that each layer itself adds"
+        if policy.judged == "introduced"
+        else "the error accumulated up to each site"
+    )
     return f"{what}, at most {number(policy.ratio)}x its noise floor"
 
 

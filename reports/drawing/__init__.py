@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from divergence.reports.drawing.accumulation import accumulation, common_scale
-from divergence.reports.drawing.heat import heat_map
+from divergence.reports.drawing.heat import heat_map, heat_scale
 from divergence.reports.drawing.ranges import ranges
 from divergence.reports.drawing.spread import spread
 from divergence.reports.drawing.style import Plot, house_style
@@ -16,7 +16,7 @@ from divergence.reports.layers import Row, layer_rows
 from divergence.result import Comparison
 from divergence.sites import LAYER_TENSORS
 
-__all__ = ["Plot", "house_style", "plots", "tensors_of"]
+__all__ = ["Plot", "house_style", "heat_scale", "plots", "tensors_of"]
 
 _HEADS = ("query", "key", "value", "cross_key", "cross_value")
 
@@ -38,11 +38,12 @@ def plots(comparison: Comparison, *, standalone: bool = False) -> Iterator[Plot]
             yield accumulation(rows, tensor, comparison.policy, scale, standalone=standalone)
         for tensor in tensors:
             yield ranges(rows, tensor, standalone=standalone)
+        heat = heat_scale(site for row in rows for site in row.sites.values())
         for tensor in tensors:
             if tensor in _HEADS:
-                yield from heat_map(rows, tensor, "head", standalone=standalone)
+                yield from heat_map(rows, tensor, "head", heat, standalone=standalone)
         for tensor in tensors:
-            yield from heat_map(rows, tensor, "token", standalone=standalone)
+            yield from heat_map(rows, tensor, "token", heat, standalone=standalone)
     yield from spread(comparison, standalone=standalone)
 
 

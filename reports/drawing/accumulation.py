@@ -33,9 +33,7 @@ def threshold(site: SiteResult, policy: Policy) -> float | None:
     return None if by.floor is None else by.floor * by.limit
 
 
-def accumulation(
-    rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale, *, standalone: bool
-) -> Plot:
+def accumulation(rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale, *, standalone: bool) -> Plot:
     """Cumulative and introduced error of `tensor`, its noise floor as a band, its limit dashed."""
     title = f"Relative error of {tensor} by layer"
     figure, axes = blank(title if standalone else "", legend=True)

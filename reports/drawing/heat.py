@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
 from divergence.reports.chart import Scale
-from divergence.reports.drawing.style import PALETTE, Plot, blank, layer_axis
+from divergence.reports.drawing.style import Plot, blank, layer_axis
 from divergence.reports.layers import Row
+from divergence.result import SiteResult
 
 # Transparent at the low end, so that it reads on a light and on a dark page.
 HEAT = LinearSegmentedColormap.from_list(
-    "heat", [(0.16, 0.47, 0.80, 0.06), (0.16, 0.47, 0.80, 0.75), (0.93, 0.62, 0.17, 0.9), (0.82, 0.16, 0.22, 1)]
+    "heat",
+    [(0.25, 0.52, 0.90, 0.05), (0.25, 0.52, 0.90, 0.6), (0.58, 0.33, 0.80, 0.85), (0.84, 0.19, 0.26, 1)],
 )
+_DECADES = 8
 HEAT.set_bad((0, 0, 0, 0))
 
 
+def heat_scale(sites: Iterable[SiteResult]) -> Scale:
+    """The decades that all heat maps of a comparison share, so that their colours mean the same; at
+    most `_DECADES`, from the top."""
+    sites = list(sites)
+    scale = Scale.over(v for s in sites for v in (*s.profile.head, *s.profile.token)) or Scale(-8, 0)
+    return Scale(max(scale.low, scale.high - _DECADES), scale.high)
+
+
 def heat_map(
-    rows: Sequence[Row], tensor: str, axis: Literal["head", "token"], *, standalone: bool
+    rows: Sequence[Row], tensor: str, axis: Literal["head", "token"], scale: Scale, *, standalone: bool
 ) -> Iterator[Plot]:
     """Relative L2 error of `tensor`, layers to the right, heads or tokens down; nothing where no
     layer's error is known by that axis."""
@@ -31,7 +42,6 @@ def heat_map(
     values = np.full((bins, len(rows)), np.nan)
     for i, profile in enumerate(profiles):
         values[: len(profile), i] = profile
-    scale = Scale.over(values[np.isfinite(values)].tolist()) or Scale(-8, 0)
     low, high = 10.0**scale.low, 10.0**scale.high
     title = f"Error of {tensor} by layer and {axis}"
     figure, axes = blank(title if standalone else "", legend=True)
@@ -49,11 +59,6 @@ def heat_map(
         figure.colorbar(image, cax=bar, orientation="horizontal").ax.tick_params(labelsize=7, length=0, pad=1)
         bar.minorticks_off()
         bar.set_xticks([low, high], [f"1e{scale.low}", f"1e{scale.high}"])
-    else:
-        figure.text(
-            0.985, 0.985, f"1e{scale.low} … 1e{scale.high}", ha="right", va="top", fontsize=8,
-            color=PALETTE["muted"],
-        )  # fmt: skip
     yield Plot(f"{axis}s-{tensor}", axis, tensor, title, figure, len(rows), bins)
 
 

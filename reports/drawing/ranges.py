@@ -9,8 +9,10 @@ from divergence.reports.drawing.style import PALETTE, Plot, blank, layer_axis, l
 from divergence.reports.layers import Row
 from divergence.result import SiteResult
 
-# From this factor between the widest and the median range on, the axis is logarithmic off zero.
+# From this factor between the widest and the narrowest range on, the axis is logarithmic off zero.
 _WIDE = 30
+# Decades that such an axis shows; less is drawn as zero.
+_DECADES = 4
 
 
 def ranges(rows: Sequence[Row], tensor: str, *, standalone: bool) -> Plot:
@@ -33,13 +35,23 @@ def ranges(rows: Sequence[Row], tensor: str, *, standalone: bool) -> Plot:
         flat = [(x, low) for x, low, high in drawn if low == high]
         axes.plot(*zip(*flat, strict=True) if flat else ((), ()), "_", color=color, markersize=broad + 2)
     tops = sorted(t for _, low, high in (*reference, *candidate) if (t := max(abs(low), abs(high))) > 0)
-    if tops and tops[-1] > _WIDE * tops[len(tops) // 2]:
-        axes.set_yscale("symlog", linthresh=tops[len(tops) // 2])
+    if tops and tops[-1] > _WIDE * tops[0]:
+        axes.set_yscale("symlog", linthresh=max(tops[0], tops[-1] / 10**_DECADES), linscale=0.4)
+        axes.set_ylim(axes.get_ylim())
+        axes.set_yticks(_spaced(axes.get_yticks().tolist()))
     plain_numbers(axes)
     layer_axis(axes, rows)
     if standalone:
         legend(figure, axes)
     return Plot(f"range-{tensor}", "range", tensor, title, figure, len(rows))
+
+
+def _spaced(ticks: list[float]) -> list[float]:
+    """Every other tick, from zero outwards, where there are many."""
+    if len(ticks) <= 7:
+        return ticks
+    zero = ticks.index(0.0) if 0.0 in ticks else 0
+    return [tick for i, tick in enumerate(ticks) if (i - zero) % 2 == 0]
 
 
 def _ends(site: SiteResult, side: str) -> tuple[float, float]:

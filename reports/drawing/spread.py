@@ -34,7 +34,7 @@ def _drawn(site: SiteResult, axis: str, values: list[float], *, standalone: bool
     size = _size(site, axis) or len(values)
     x = (np.arange(len(values)) + (0.5 if size > len(values) else 0)) * size / len(values)
     if len(values) <= _FEW:
-        axes.bar(x, heights, width=0.72, color=PALETTE["cumulative"])
+        axes.bar(x, heights, width=min(0.72, len(values) / 10), color=PALETTE["cumulative"])
         axes.set_xticks(x[:: math.ceil(len(values) / 9)])
     else:
         axes.fill_between(x, 0, heights, color=PALETTE["cumulative"], alpha=0.18, linewidth=0)

@@ -73,19 +73,21 @@ class Plot:
 @contextmanager
 def house_style() -> Iterator[None]:
     """Matplotlib's settings for drawing and saving: text stays text, ids do not change from run to run."""
-    with mpl.rc_context({
-        "font.size": _TEXT,
-        "font.family": ["DejaVu Sans"],
-        "svg.fonttype": "none",
-        "svg.hashsalt": "divergence",
-        "text.parse_math": False,
-        "axes.edgecolor": PALETTE["grid"],
-        "text.color": PALETTE["ink"],
-        "axes.labelcolor": PALETTE["muted"],
-        "xtick.color": PALETTE["muted"],
-        "ytick.color": PALETTE["muted"],
-        "axes.unicode_minus": False,
-    }):
+    with mpl.rc_context(
+        {
+            "font.size": _TEXT,
+            "font.family": ["DejaVu Sans"],
+            "svg.fonttype": "none",
+            "svg.hashsalt": "divergence",
+            "text.parse_math": False,
+            "axes.edgecolor": PALETTE["grid"],
+            "text.color": PALETTE["ink"],
+            "axes.labelcolor": PALETTE["muted"],
+            "xtick.color": PALETTE["muted"],
+            "ytick.color": PALETTE["muted"],
+            "axes.unicode_minus": False,
+        }
+    ):
         yield
 
 
@@ -94,12 +96,14 @@ def blank(title: str = "", *, legend: bool = False) -> tuple[Figure, Axes]:
     top = _TOP + (_HEADING if title else 0) + (_LEGEND if legend and title else 0)
     height = HEIGHT + top - _TOP
     figure = Figure(figsize=(WIDTH / 72, height / 72))
-    axes = figure.add_axes((
-        _LEFT / WIDTH,
-        _BOTTOM / height,
-        (WIDTH - _LEFT - _RIGHT) / WIDTH,
-        (height - _BOTTOM - top) / height,
-    ))
+    axes = figure.add_axes(
+        (
+            _LEFT / WIDTH,
+            _BOTTOM / height,
+            (WIDTH - _LEFT - _RIGHT) / WIDTH,
+            (height - _BOTTOM - top) / height,
+        )
+    )
     if title:
         figure.text(_LEFT / WIDTH, 1 - 8 / height, title, va="top", weight="bold", parse_math=False)
     else:

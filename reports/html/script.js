@@ -210,5 +210,6 @@
   }
   byId("theme").addEventListener("click", theme);
 
+  if (matchMedia("(max-width: 1000px)").matches) byId("panel")?.querySelector("details").removeAttribute("open");
   if (sites.length && !fromAddress() && first !== null) choose(at.get(first));
 })();

@@ -97,11 +97,15 @@ def _add_columns(root: ElementTree.Element, plot: Plot) -> None:
     left, top, width, height = plot.area
     step = width / plot.columns
     for i in range(plot.columns):
-        ElementTree.SubElement(root, "rect", {
-            "class": "hit",
-            "data-r": str(i),
-            "x": f"{left + i * step:.2f}",
-            "y": f"{top:.1f}",
-            "width": f"{step:.2f}",
-            "height": f"{height:.1f}",
-        })
+        ElementTree.SubElement(
+            root,
+            "rect",
+            {
+                "class": "hit",
+                "data-r": str(i),
+                "x": f"{left + i * step:.2f}",
+                "y": f"{top:.1f}",
+                "width": f"{step:.2f}",
+                "height": f"{height:.1f}",
+            },
+        )

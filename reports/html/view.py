@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from divergence import __version__
 from divergence.reports import address, exceeded_limits, figure, in_words, judged, number, plain, span, times
-from divergence.reports.drawing import house_style, plots, tensors_of
+from divergence.reports.drawing import heat_scale, house_style, plots, tensors_of
 from divergence.reports.html.blocks import blocks, flat
 from divergence.reports.html.svg import embedded
 from divergence.reports.layers import Row, layer_rows, range_remarks
@@ -81,6 +81,7 @@ def view(comparison: Comparison) -> dict[str, Any]:
         "outputs": [_cell(s, i, comparison) for i, s in enumerate(comparison.sites) if s.layer is None],
         "figures": figures,
         "tensors": sorted({s.tensor for s in comparison.sites}),
+        "heat": heat_scale(comparison.sites).ends,
         "columns": [_column(name) for name in COLUMNS],
         "table": [_table_row(s, comparison) for s in comparison.sites],
         "remarks": range_remarks(comparison.sites),
@@ -140,7 +141,7 @@ def _words(site: SiteResult, comparison: Comparison) -> str:
 def _details(site: SiteResult, comparison: Comparison) -> list[tuple[str, str]]:
     """The figures of a site for the panel, those left out that do not exist."""
     by = judged(site, comparison.policy)
-    bound = f"at most {times(by.limit)}" if comparison.policy.policy == "noise-floor" else ""
+    bound = f"at most {number(by.limit)}x" if comparison.policy.policy == "noise-floor" else ""
     at = f" at [{', '.join(map(str, site.max_abs_at))}]" if site.max_abs_at is not None else ""
     rows = [
         ("introduced", _of_floor(site.introduced, site.introduced_ratio, site.introduced_floor)),
@@ -191,7 +192,9 @@ def _state(site: SiteResult, comparison: Comparison) -> str:
 def _cell(site: SiteResult, i: int, comparison: Comparison) -> dict[str, Any]:
     state = _state(site, comparison)
     ratio = judged(site, comparison.policy).ratio
-    figures = " ".join(filter(None, (error_of(site, comparison.policy), times(ratio) if ratio is not None else "")))
+    figures = " ".join(
+        filter(None, (error_of(site, comparison.policy), times(ratio) if ratio is not None else ""))
+    )
     return {"site": site.site, "index": i, "state": state, "label": f"{site.site}: {state}, {figures}"}
 
 
@@ -227,7 +230,9 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, int]]:
 
 def _column(name: str) -> dict[str, str]:
     info = METRICS.get(name)
-    what = info.label if info else "noise floor of that error: the reference's own, in the candidate's precision"
+    what = (
+        info.label if info else "noise floor of that error: the reference's own, in the candidate's precision"
+    )
     unit = info.unit if info else "1"
     better = info.better if info else "neither"
     direction = {"lower": "lower is better", "higher": "higher is better", "neither": ""}[better]
@@ -256,7 +261,9 @@ def _table_row(site: SiteResult, comparison: Comparison) -> dict[str, Any]:
         "state": _state(site, comparison),
         "cells": cells,
         "ref": span(site.ref_min, site.ref_max),
-        "cand": "NaN or Inf" if site.cand_nonfinite > site.ref_nonfinite else span(site.cand_min, site.cand_max),
+        "cand": "NaN or Inf"
+        if site.cand_nonfinite > site.ref_nonfinite
+        else span(site.cand_min, site.cand_max),
     }
 
 
@@ -282,7 +289,9 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     policy = comparison.policy
     worst = worst_site(comparison)
     ratio = judged(worst, policy).ratio if worst is not None else None
-    precision = " ".join(filter(None, (policy.precision, f"({policy.precision_from})" if policy.precision_from else "")))
+    precision = " ".join(
+        filter(None, (policy.precision, f"({policy.precision_from})" if policy.precision_from else ""))
+    )
     facts = [
         ("reference", comparison.reference),
         ("candidate", comparison.candidate),
@@ -290,6 +299,9 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         ("precision", precision),
         ("noise floor", policy.floor_from),
         ("limits", "; ".join(limits(policy))),
-        ("largest ratio", f"{times(ratio)} at {worst.site}" if worst is not None and ratio is not None else ""),
+        (
+            "largest ratio",
+            f"{times(ratio)} at {worst.site}" if worst is not None and ratio is not None else "",
+        ),
     ]
     return [(name, plain(text)) for name, text in facts if text]
