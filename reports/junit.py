@@ -6,9 +6,9 @@ The form is the one that Jenkins, GitLab and GitHub actions read: a `testsuite` 
 
 from __future__ import annotations
 
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
-from divergence.reports import in_words, judged, plain, span, times
+from divergence.reports import in_words, judged, number, plain, span, times
 from divergence.reports.words import propagated
 from divergence.result import Comparison, SiteResult, Unmatched
 
@@ -20,7 +20,7 @@ def render_junit(comparison: Comparison) -> str:
     skipped, and one that was not found in the candidate is a failure. A comparison that is an error
     as a whole without any such site has a case of its own that says why, so that it is never green.
     """
-    suite = ElementTree.Element("testsuite", name="divergence", hostname="", time=_seconds(comparison))
+    suite = ET.Element("testsuite", name="divergence", time=_seconds(comparison))
     for site in comparison.sites:
         _site(suite, site, comparison)
     for item in comparison.unmatched:
@@ -28,7 +28,7 @@ def render_junit(comparison: Comparison) -> str:
     counts = {kind: len(suite.findall(f"testcase/{kind}")) for kind in ("failure", "error", "skipped")}
     if comparison.verdict != "pass" and not counts["failure"] + counts["error"]:
         kind = "failure" if comparison.verdict == "fail" else "error"
-        case = ElementTree.SubElement(suite, "testcase", classname="divergence", name="verdict")
+        case = ET.SubElement(suite, "testcase", classname="divergence", name="verdict")
         _outcome(case, kind, comparison.verdict, comparison.reason, comparison.command)
         counts[kind] += 1
     suite.attrib |= {
@@ -37,10 +37,10 @@ def render_junit(comparison: Comparison) -> str:
         "errors": str(counts["error"]),
         "skipped": str(counts["skipped"]),
     }
-    root = ElementTree.Element("testsuites")
+    root = ET.Element("testsuites")
     root.append(suite)
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def _seconds(comparison: Comparison) -> str:
@@ -48,21 +48,22 @@ def _seconds(comparison: Comparison) -> str:
     return f"{seconds:.3f}" if isinstance(seconds, int | float) else "0"
 
 
-def _site(suite: ElementTree.Element, site: SiteResult, comparison: Comparison) -> None:
+def _site(suite: ET.Element, site: SiteResult, comparison: Comparison) -> None:
     owner = site.site.rpartition(".")[0] or site.site
-    case = ElementTree.SubElement(
+    case = ET.SubElement(
         suite, "testcase", classname=plain(f"divergence.{owner}"), name=plain(site.site), time="0"
     )
     if site.verdict == "pass":
         if propagated(site, comparison.policy):
-            ElementTree.SubElement(case, "system-out").text = plain(site.reason)
+            ET.SubElement(case, "system-out").text = plain(site.reason)
         return
     words = in_words(site, comparison.policy) if site.verdict == "fail" else site.reason or "not judged"
     by = judged(site, comparison.policy)
+    ranges = (span(site.ref_min, site.ref_max), span(site.cand_min, site.cand_max))
     lines = [
         site.reason or words,
-        f"error over floor: {times(by.ratio)} (limit {times(by.limit)})" if by.ratio is not None else "",
-        f"range: reference {span(site.ref_min, site.ref_max)}, candidate {span(site.cand_min, site.cand_max)}",
+        f"error over floor: {times(by.ratio)} (limit {number(by.limit)}x)" if by.ratio is not None else "",
+        "range: reference {}, candidate {}".format(*ranges),
     ]
     first = comparison.first_divergence
     if first is not None and first.site == site.site:
@@ -72,17 +73,15 @@ def _site(suite: ElementTree.Element, site: SiteResult, comparison: Comparison) 
     _outcome(case, kind, "divergence", f"{site.site}: {words}", "\n".join(map(plain, filter(None, lines))))
 
 
-def _unmatched(suite: ElementTree.Element, item: Unmatched) -> None:
-    case = ElementTree.SubElement(
-        suite, "testcase", classname="divergence.unmatched", name=plain(item.site), time="0"
-    )
+def _unmatched(suite: ET.Element, item: Unmatched) -> None:
+    case = ET.SubElement(suite, "testcase", classname="divergence.unmatched", name=plain(item.site), time="0")
     said = f"{item.state}: {item.reason}" + (f"; {item.suggestion}" if item.suggestion else "")
     if item.state in ("missing in candidate", "shape mismatch"):
         _outcome(case, "failure", item.state, said, "")
     else:
-        ElementTree.SubElement(case, "skipped", message=plain(said))
+        ET.SubElement(case, "skipped", message=plain(said))
 
 
-def _outcome(case: ElementTree.Element, kind: str, category: str, message: str, text: str) -> None:
-    outcome = ElementTree.SubElement(case, kind, type=plain(category), message=plain(message))
+def _outcome(case: ET.Element, kind: str, category: str, message: str, text: str) -> None:
+    outcome = ET.SubElement(case, kind, type=plain(category), message=plain(message))
     outcome.text = text or None

@@ -39,11 +39,8 @@ def render_markdown(comparison: Comparison, link: str = "") -> str:
     ]
     lines += _where(comparison)
     lines += _causes(comparison)
-    lines += [
-        f"Reference {_code(comparison.reference)}, candidate {_code(comparison.candidate)}; judged by "
-        f"{_text(_judged(comparison))}. {_tally(comparison)}",
-        "",
-    ]
+    pair = f"Reference {_code(comparison.reference)}, candidate {_code(comparison.candidate)}"
+    lines += [f"{pair}; judged by {_text(_judged(comparison))}. {_tally(comparison)}", ""]
     lines += _unmatched(comparison.unmatched)
     lines += _table(comparison)
     lines.append(_link(comparison, link))
@@ -114,11 +111,11 @@ def _table(comparison: Comparison) -> list[str]:
         f"| layer | {' | '.join(_code(t) for t in tensors)} |",
         f"|--:|{'--:|' * len(tensors)}",
     ]
-    body = [_line(row, tensors, comparison) for row in _chosen(rows, comparison)]
+    body = [_line(row, tensors, comparison) for row in _chosen(rows)]
     return [*lines, *body, "", *_folded(len(rows) - len(body)), "</details>", ""]
 
 
-def _chosen(rows: list[Row], comparison: Comparison) -> list[Row]:
+def _chosen(rows: list[Row]) -> list[Row]:
     """The rows with most to say, in execution order: those that do not pass first, then the ends."""
     if len(rows) <= _TABLE_ROWS:
         return rows

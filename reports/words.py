@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from divergence.reports import counted, figure, in_words, judged, number, times
+from divergence.reports import counted, exceeded_limits, figure, in_words, judged, number, times
 from divergence.result import METRICS, Comparison, Policy, SiteResult
 
 TENSORS = {
@@ -24,6 +24,17 @@ TENSORS = {
     "cross_key": "the encoder's keys",
     "cross_value": "the encoder's values",
     "cross_attention": "the output of the attention to the encoder",
+}
+
+_NAMES = {
+    "hidden": "hidden state",
+    "input_norm": "input norm",
+    "post_norm": "norm before the feed-forward part",
+    "attention": "attention output",
+    "mlp": "feed-forward output",
+    "cross_key": "cross key",
+    "cross_value": "cross value",
+    "cross_attention": "cross-attention output",
 }
 
 
@@ -49,16 +60,17 @@ class Story:
 def story(comparison: Comparison) -> Story:
     """Verdict, place and size of a comparison in plain words."""
     if comparison.verdict == "error":
-        return Story("The question could not be answered", comparison.reason or "no reason was given")
+        said = _capital(comparison.reason or "no reason was given").rstrip(".")
+        return Story("The question could not be answered", f"{said}.")
     if comparison.verdict == "pass":
         return _passed(comparison)
     site = first_site(comparison)
     if site is None:
         return Story("The candidate could not be compared in full", comparison.reason)
-    what = TENSORS.get(site.tensor, "")
+    what, how = TENSORS.get(site.tensor, ""), _how_much(site, comparison.policy)
     return Story(
         headline=f"The candidate goes wrong at {place(site)}",
-        detail=f"Everything computed before it is within its limits. {_capital(in_words(site, comparison.policy))}.",
+        detail=f"All that is computed before it is within its limits. {_capital(how)}.",
         where=_capital(place(site)) + (f": {what}." if what else "."),
         size=_size(site, comparison.policy),
         spread=_spread(comparison),
@@ -101,7 +113,21 @@ def place(site: SiteResult) -> str:
         return f"the output {site.tensor}"
     extra = [site.stack] if site.stack else []
     extra += [f"call {site.call}"] if site.call != 1 else []
-    return f"the {site.tensor} of layer {site.layer}" + (f" ({', '.join(extra)})" if extra else "")
+    tensor = _NAMES.get(site.tensor, site.tensor)
+    return f"the {tensor} of layer {site.layer}" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _how_much(site: SiteResult, policy: Policy) -> str:
+    """By how much a limit was exceeded; in full in the panel of the site."""
+    by = judged(site, policy)
+    nonfinite = site.cand_nonfinite > site.ref_nonfinite
+    if nonfinite or exceeded_limits(site, policy) or by.ratio is None or not by.ratio > by.limit:
+        return in_words(site, policy)
+    precision = f" in {policy.precision}" if policy.precision else ""
+    return (
+        f"the error {'that it adds ' if by.introduced else ''}there is {number(by.ratio, 3)} times what rounding"
+        f"{precision} explains; {number(by.limit)} times is the limit"
+    )
 
 
 def _size(site: SiteResult, policy: Policy) -> str:

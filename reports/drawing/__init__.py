@@ -16,7 +16,7 @@ from divergence.reports.layers import Row, layer_rows
 from divergence.result import Comparison
 from divergence.sites import LAYER_TENSORS
 
-__all__ = ["Plot", "house_style", "heat_scale", "plots", "tensors_of"]
+__all__ = ["Plot", "heat_scale", "house_style", "plots", "tensors_of"]
 
 _HEADS = ("query", "key", "value", "cross_key", "cross_value")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from divergence.reports import judged
 from divergence.reports.chart import Scale
-from divergence.reports.drawing.style import PALETTE, Plot, blank, decades, layer_axis, legend
+from divergence.reports.drawing.style import PALETTE, Plot, blank, decades, group_starts, layer_axis, legend
 from divergence.reports.layers import Row
 from divergence.result import Policy, SiteResult
 
@@ -38,12 +39,14 @@ def accumulation(rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale,
     title = f"Relative error of {tensor} by layer"
     figure, axes = blank(title if standalone else "", legend=True)
     sites = [row.sites.get(tensor) for row in rows]
-    x = np.arange(len(rows))
+    # A gap between stacks and calls: no line leads from one into the next.
+    gaps = group_starts(rows)[1:]
+    x = np.insert(np.arange(len(rows), dtype=float), gaps, np.nan)
     bottom, top = 10.0**scale.low, 10.0**scale.high
 
     def series(values: list[float | None]) -> np.ndarray:
         kept = [math.nan if v is None or not math.isfinite(v) else max(v, bottom) for v in values]
-        return np.array(kept, dtype=float)
+        return np.insert(np.array(kept, dtype=float), gaps, np.nan)
 
     floors = series([None if s is None else s.floor for s in sites])
     limits = series([None if s is None else threshold(s, policy) for s in sites])
@@ -52,13 +55,14 @@ def accumulation(rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale,
     axes.fill_between(
         x, bottom, floors, step="mid", color=PALETTE["floor"], alpha=0.55, linewidth=0, label="noise floor"
     )
-    style = {"marker": "o", "markersize": 2.6 if len(rows) > 40 else 3.4, "linewidth": 1.3}
+    style: dict[str, Any] = {"marker": "o", "markersize": 2.6 if len(rows) > 40 else 3.4, "linewidth": 1.3}
     axes.plot(x, limits, color=PALETTE["limit"], linestyle=(0, (3, 2)), linewidth=1, label="limit")
     axes.plot(x, cumulative, color=PALETTE["cumulative"], label="cumulative", **style)
     axes.plot(x, introduced, color=PALETTE["introduced"], label="introduced", **style)
-    failing = [i for i, s in enumerate(sites) if s is not None and s.verdict == "fail"]
+    failing = [s is not None and s.verdict == "fail" for s in sites]
+    marks = np.where(np.insert(failing, gaps, values=False), x, np.nan)
     shown = np.where(np.isnan(introduced), cumulative, introduced)
-    axes.plot(failing, shown[failing], "o", color=PALETTE["fail"], markersize=4.6, label="fails")
+    axes.plot(marks, shown, "o", color=PALETTE["fail"], markersize=4.6, label="fails")
     broken = [i for i, s in enumerate(sites) if s is not None and s.cand_nonfinite > s.ref_nonfinite]
     axes.plot(broken, [top] * len(broken), "x", color=PALETTE["fail"], markersize=6, clip_on=False)
     decades(axes, scale.low, scale.high)

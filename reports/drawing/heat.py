@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.ticker import MaxNLocator
 
+from divergence.reports.axes import axis_size
 from divergence.reports.chart import Scale
 from divergence.reports.drawing.style import Plot, blank, layer_axis
 from divergence.reports.layers import Row
 from divergence.result import SiteResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Transparent at the low end, so that it reads on a light and on a dark page.
 HEAT = LinearSegmentedColormap.from_list(
@@ -20,6 +25,8 @@ HEAT = LinearSegmentedColormap.from_list(
 )
 _DECADES = 8
 HEAT.set_bad((0, 0, 0, 0))
+HEAT.set_over((0.5, 0.52, 0.57, 1))
+"""Above the scale is what has no error because the candidate holds NaN or Inf there."""
 
 
 def heat_scale(sites: Iterable[SiteResult]) -> Scale:
@@ -40,13 +47,16 @@ def heat_map(
     if bins < 1:
         return
     values = np.full((bins, len(rows)), np.nan)
+    broken = np.zeros_like(values, dtype=bool)
     for i, profile in enumerate(profiles):
         values[: len(profile), i] = profile
+        broken[: len(profile) or bins, i] = _nonfinite(rows[i], tensor)
     low, high = 10.0**scale.low, 10.0**scale.high
     title = f"Error of {tensor} by layer and {axis}"
     figure, axes = blank(title if standalone else "", legend=True)
     # Zero is drawn as the lowest decade, an error that overflowed as the highest; neither is left blank.
-    shown = np.clip(np.where(np.isposinf(values), high, values), low, high)
+    shown = np.clip(values, low, high)
+    shown[np.isnan(values) & broken] = np.inf
     # Not interpolated: a picture of a pixel a value, which the viewer enlarges.
     image = axes.imshow(
         shown, cmap=HEAT, norm=LogNorm(low, high), aspect="auto", interpolation="none", origin="upper"
@@ -62,19 +72,20 @@ def heat_map(
     yield Plot(f"{axis}s-{tensor}", axis, tensor, title, figure, len(rows), bins)
 
 
+def _nonfinite(row: Row, tensor: str) -> bool:
+    site = row.sites.get(tensor)
+    return site is not None and site.cand_nonfinite > site.ref_nonfinite
+
+
 def _profile(row: Row, tensor: str, axis: str) -> list[float]:
     site = row.sites.get(tensor)
     profile = getattr(site.profile, axis) if site is not None else ()
     return [np.nan if value is None else value for value in profile]
 
 
-def _vertical(axes: object, rows: Sequence[Row], tensor: str, axis: str, bins: int) -> None:
+def _vertical(axes: Axes, rows: Sequence[Row], tensor: str, axis: str, bins: int) -> None:
     """The y axis in heads or, bins being several tokens each, in tokens."""
-    sizes = {
-        site.shape[-3 if axis == "head" else -2]
-        for row in rows
-        if (site := row.sites.get(tensor)) is not None and len(site.shape) >= 3
-    }
-    size = sizes.pop() if len(sizes) == 1 else bins
-    ticks = np.unique(np.linspace(0, bins - 1, min(bins, 5)).round().astype(int))
-    axes.set_yticks(ticks, [str(int(tick * size / bins)) for tick in ticks])  # type: ignore[attr-defined]
+    sizes = {axis_size(site, axis) for row in rows if (site := row.sites.get(tensor)) is not None}
+    size = max(sizes) if len(sizes - {0}) == 1 else bins
+    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(0, size - 1) if 0 <= t < size]
+    axes.set_yticks([t * bins / size for t in ticks], [str(int(t)) for t in ticks])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from divergence.reports.axes import axis_size
 from divergence.reports.drawing.style import PALETTE, Plot, blank, plain_numbers
 from divergence.result import Comparison, SiteResult
 
@@ -22,7 +23,7 @@ def spread(comparison: Comparison, *, standalone: bool) -> Iterator[Plot]:
         return
     for axis in _AXES:
         values = [math.nan if v is None else v for v in getattr(site.profile, axis)]
-        if len(values) > 1:
+        if len(values) > 1 and any(map(math.isfinite, values)):
             yield _drawn(site, axis, values, standalone=standalone)
 
 
@@ -31,7 +32,7 @@ def _drawn(site: SiteResult, axis: str, values: list[float], *, standalone: bool
     figure, axes = blank(title if standalone else "")
     heights = np.array(values, dtype=float)
     heights[~np.isfinite(heights)] = np.nan
-    size = _size(site, axis) or len(values)
+    size = axis_size(site, axis)
     x = (np.arange(len(values)) + (0.5 if size > len(values) else 0)) * size / len(values)
     if len(values) <= _FEW:
         axes.bar(x, heights, width=min(0.72, len(values) / 10), color=PALETTE["cumulative"])
@@ -43,8 +44,3 @@ def _drawn(site: SiteResult, axis: str, values: list[float], *, standalone: bool
     axes.set_ylim(bottom=0)
     plain_numbers(axes)
     return Plot(f"spread-{axis}", "spread", axis, title, figure)
-
-
-def _size(site: SiteResult, axis: str) -> int | None:
-    place = {"token": -2, "head": -3, "channel": -1}[axis]
-    return site.shape[place] if len(site.shape) >= -place else None

@@ -10,14 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from divergence.reports import number
 from divergence.reports.layers import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PALETTE = {
     "ink": "#1c2530",
@@ -137,7 +140,7 @@ def legend(figure: Figure, axes: Axes) -> None:
 def layer_axis(axes: Axes, rows: Sequence[Row]) -> None:
     """The x axis: the layer calls in execution order, a line between stacks and calls."""
     axes.set_xlim(-0.5, len(rows) - 0.5)
-    starts = [i for i, row in enumerate(rows) if i == 0 or _group(rows[i - 1]) != _group(row)]
+    starts = group_starts(rows)
     step = max(1, math.ceil(len(rows) / _MAX_TICKS))
     step = next(s for s in (1, 2, 5, 10, 20, 50, 100, step) if s >= step)
     ticks = [i for i, row in enumerate(rows) if row.layer % step == 0]
@@ -158,6 +161,11 @@ def layer_axis(axes: Axes, rows: Sequence[Row]) -> None:
             va="bottom",
             parse_math=False,
         )
+
+
+def group_starts(rows: Sequence[Row]) -> list[int]:
+    """Where a stack or a call begins."""
+    return [i for i, row in enumerate(rows) if i == 0 or _group(rows[i - 1]) != _group(row)]
 
 
 def _group(row: Row) -> tuple[str, int]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from divergence.reports import number, plain
+
+# A list of more is folded away; of a list of more than this the rest is left to report.json.
+_SHOWN, _MOST = 40, 300
+_WIDEST = 120
+# A row that has this key says all of itself in it.
+_SENTENCE = "sentence"
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,7 @@ class Block:
         title: the keys that lead to it.
         columns, rows: a table, where it is a list of mappings.
         entries: a list of sentences.
+        left_out: how many rows or entries of a very long list are not here.
         pairs: single values by name.
     """
 
@@ -25,6 +32,12 @@ class Block:
     rows: list[list[str]] = field(default_factory=list)
     entries: list[str] = field(default_factory=list)
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    left_out: int = 0
+
+    @property
+    def folded(self) -> bool:
+        """Whether it is too long to be shown unasked."""
+        return len(self.rows) + len(self.entries) > _SHOWN
 
 
 def blocks(content: Mapping[str, Any], title: str = "") -> list[Block]:
@@ -40,12 +53,21 @@ def blocks(content: Mapping[str, Any], title: str = "") -> list[Block]:
     return found
 
 
-def _list(title: str, values: list[Any] | tuple[Any, ...]) -> Block:
+def _list(title: str, values: Sequence[Any]) -> Block:
+    left_out = max(0, len(values) - _MOST)
+    values = values[:_MOST]
+    if all(isinstance(v, Mapping) and _SENTENCE in v for v in values):
+        return Block(title, entries=[text(v[_SENTENCE]) for v in values], left_out=left_out)
     if not all(isinstance(v, Mapping) for v in values):
-        return Block(title, entries=[text(v) for v in values])
-    columns = tuple(dict.fromkeys(str(k) for v in values for k in v))
-    rows = [[text({str(k): x for k, x in v.items()}.get(c)) for c in columns] for v in values]
-    return Block(title, columns=columns, rows=rows)
+        return Block(title, entries=[text(v) for v in values], left_out=left_out)
+    named = [{str(k): text(x) for k, x in v.items()} for v in values]
+    columns = tuple(c for c in dict.fromkeys(k for v in named for k in v) if any(v.get(c) for v in named))
+    rows = [[_cut(v.get(c, "")) for c in columns] for v in named]
+    return Block(title, columns=columns, rows=rows, left_out=left_out)
+
+
+def _cut(value: str) -> str:
+    return value if len(value) <= _WIDEST else f"{value[: _WIDEST - 1]}…"
 
 
 def flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

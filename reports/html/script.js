@@ -96,7 +96,7 @@
     return `${site.id}\n${kind} ${binned(site, kind, bin)}: ${values[bin] === null ? "none" : short(values[bin])}`;
   }
   function binned(site, kind, bin) {
-    const size = site.shape[site.shape.length - (kind === "head" ? 3 : 2)] ?? site[kind].length;
+    const size = site.sizes[kind];
     const [from, to] = [bin, bin + 1].map((n) => Math.floor((n * size) / site[kind].length));
     return to - from > 1 ? `${from} to ${to - 1}` : `${from}`;
   }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import re
-from xml.etree import ElementTree
+import xml.etree.ElementTree as ET
 
 from divergence.reports.drawing import Plot
 from divergence.reports.drawing.style import PALETTE
@@ -27,7 +27,7 @@ def saved(plot: Plot) -> str:
 
 def embedded(plot: Plot) -> str:
     """The plot as an `svg` element of a page; all text in it is escaped."""
-    root = ElementTree.fromstring(saved(plot))  # noqa: S314 (written by Matplotlib, a line above)
+    root = ET.fromstring(saved(plot))  # noqa: S314 (written by Matplotlib, a line above)
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag.endswith(("}style", "}metadata")):
@@ -52,10 +52,10 @@ def embedded(plot: Plot) -> str:
         element.tail = None
         if element.tag != "text":
             element.text = None
-    return ElementTree.tostring(root, encoding="unicode")
+    return ET.tostring(root, encoding="unicode")
 
 
-def _referenced(root: ElementTree.Element) -> set[str]:
+def _referenced(root: ET.Element) -> set[str]:
     found = set()
     for element in root.iter():
         for name, value in element.attrib.items():
@@ -65,7 +65,7 @@ def _referenced(root: ElementTree.Element) -> set[str]:
     return found
 
 
-def _rewrite(element: ElementTree.Element, prefix: str, kept: set[str]) -> None:
+def _rewrite(element: ET.Element, prefix: str, kept: set[str]) -> None:
     written: dict[str, str] = {}
     for name, value in element.attrib.items():
         name = name.rpartition("}")[2]  # noqa: PLW2901
@@ -92,12 +92,12 @@ def _rounded(match: re.Match[str]) -> str:
     return f"{float(match[0]):.2f}".rstrip("0").rstrip(".")
 
 
-def _add_columns(root: ElementTree.Element, plot: Plot) -> None:
+def _add_columns(root: ET.Element, plot: Plot) -> None:
     """A transparent rectangle over every layer call: what is hovered, selected and marked."""
     left, top, width, height = plot.area
     step = width / plot.columns
     for i in range(plot.columns):
-        ElementTree.SubElement(
+        ET.SubElement(
             root,
             "rect",
             {

@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from divergence import __version__
-from divergence.reports import address, exceeded_limits, figure, in_words, judged, number, plain, span, times
+from divergence.reports import exceeded_limits, figure, in_words, judged, number, plain, span, times
+from divergence.reports.axes import axis_size
 from divergence.reports.drawing import heat_scale, house_style, plots, tensors_of
 from divergence.reports.html.blocks import blocks, flat
 from divergence.reports.html.svg import embedded
@@ -81,6 +82,7 @@ def view(comparison: Comparison) -> dict[str, Any]:
         "outputs": [_cell(s, i, comparison) for i, s in enumerate(comparison.sites) if s.layer is None],
         "figures": figures,
         "tensors": sorted({s.tensor for s in comparison.sites}),
+        "broken": any(s.cand_nonfinite > s.ref_nonfinite for s in comparison.sites),
         "heat": heat_scale(comparison.sites).ends,
         "columns": [_column(name) for name in COLUMNS],
         "table": [_table_row(s, comparison) for s in comparison.sites],
@@ -106,7 +108,7 @@ def page_data(comparison: Comparison) -> str:
                 "verdict": site.verdict,
                 "values": [_raw(_value(site, name, comparison)) for name in COLUMNS],
                 "words": _words(site, comparison),
-                "shape": site.shape,
+                "sizes": {"token": axis_size(site, "token"), "head": axis_size(site, "head")},
                 "facts": _details(site, comparison),
                 "token": [_raw(v, 2) for v in site.profile.token] if site.tensor in drawn else [],
                 "head": [_raw(v, 2) for v in site.profile.head] if site.tensor in drawn else [],
@@ -293,15 +295,13 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
         filter(None, (policy.precision, f"({policy.precision_from})" if policy.precision_from else ""))
     )
     facts = [
-        ("reference", comparison.reference),
-        ("candidate", comparison.candidate),
-        ("judged by", judged_by(policy)),
-        ("precision", precision),
-        ("noise floor", policy.floor_from),
-        ("limits", "; ".join(limits(policy))),
         (
             "largest ratio",
             f"{times(ratio)} at {worst.site}" if worst is not None and ratio is not None else "",
         ),
+        ("judged by", judged_by(policy)),
+        ("precision", precision),
+        ("noise floor", policy.floor_from),
+        ("limits", "; ".join(limits(policy))),
     ]
     return [(name, plain(text)) for name, text in facts if text]
