@@ -124,15 +124,14 @@ def _how_much(site: SiteResult, policy: Policy) -> str:
     if nonfinite or exceeded_limits(site, policy) or by.ratio is None or not by.ratio > by.limit:
         return in_words(site, policy)
     precision = f" in {policy.precision}" if policy.precision else ""
-    return (
-        f"the error {'that it adds ' if by.introduced else ''}there is {number(by.ratio, 3)} times what rounding"
-        f"{precision} explains; {number(by.limit)} times is the limit"
-    )
+    error = "the error that it adds" if by.introduced else "its error"
+    limit = number(by.limit)
+    return f"{error} is {many(by.ratio)} times what rounding{precision} explains; the limit is {limit}"
 
 
 def _size(site: SiteResult, policy: Policy) -> str:
     if site.cand_nonfinite > site.ref_nonfinite:
-        return f"{counted(site.cand_nonfinite, 'value')} of it no number (NaN or infinite)."
+        return f"{site.cand_nonfinite} of its values are NaN or infinite."
     by = judged(site, policy)
     if by.error is None or not math.isfinite(by.error):
         return ""
@@ -173,8 +172,16 @@ def explained(share: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """`2.7 %`, `2e-5 %`."""
-    return f"{number(100 * share, 2)} %"
+    """`2.7 %`, `2e-5 %`, `211 %`."""
+    return f"{number(100 * share, 2) if share < 1 else many(100 * share)} %"
+
+
+def many(ratio: float) -> str:
+    """A ratio as one says it, to two or three digits: `5.8`, `211`, `77 000`."""
+    if not math.isfinite(ratio) or ratio < 100 or ratio >= 1e9:
+        return number(ratio, 2)
+    digits = 3 if ratio < 1000 else 2
+    return f"{float(f'{ratio:.{digits}g}'):,.0f}".replace(",", "\u202f")
 
 
 def judged_by(policy: Policy) -> str:

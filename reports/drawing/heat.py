@@ -22,11 +22,9 @@ if TYPE_CHECKING:
 HEAT = LinearSegmentedColormap.from_list(
     "heat",
     [(0.25, 0.52, 0.90, 0.05), (0.25, 0.52, 0.90, 0.6), (0.58, 0.33, 0.80, 0.85), (0.84, 0.19, 0.26, 1)],
-)
-_DECADES = 8
-HEAT.set_bad((0, 0, 0, 0))
-HEAT.set_over((0.5, 0.52, 0.57, 1))
+).with_extremes(bad=(0, 0, 0, 0), over=(0.5, 0.52, 0.57, 1))
 """Above the scale is what has no error because the candidate holds NaN or Inf there."""
+_DECADES = 8
 
 
 def heat_scale(sites: Iterable[SiteResult]) -> Scale:
@@ -56,7 +54,7 @@ def heat_map(
     figure, axes = blank(title if standalone else "", legend=True)
     # Zero is drawn as the lowest decade, an error that overflowed as the highest; neither is left blank.
     shown = np.clip(values, low, high)
-    shown[np.isnan(values) & broken] = np.inf
+    shown[np.isnan(values) & broken] = 10 * high
     # Not interpolated: a picture of a pixel a value, which the viewer enlarges.
     image = axes.imshow(
         shown, cmap=HEAT, norm=LogNorm(low, high), aspect="auto", interpolation="none", origin="upper"

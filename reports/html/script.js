@@ -35,7 +35,7 @@
     current = i;
     describe(sites[i]);
     if (reveal) {
-      history.replaceState(null, "", `#${sites[i].id}`);
+      history.replaceState(null, "", `#${encodeURI(sites[i].id)}`);
     }
   }
 
@@ -111,20 +111,31 @@
   /* Clicking */
   document.addEventListener("click", (event) => {
     const link = event.target.closest("a[href^='#']");
-    const i = link ? at.get(decodeURIComponent(link.getAttribute("href").slice(1))) : siteUnder(event.target);
+    const i = link ? named(link.getAttribute("href").slice(1)) : siteUnder(event.target);
     if (i === undefined) return;
     if (link) event.preventDefault();
     choose(i, { reveal: true });
   });
   addEventListener("hashchange", fromAddress);
-  function fromAddress() {
-    const name = decodeURIComponent(location.hash.slice(1));
-    const i = at.get(name) ?? sites.findIndex((site) => site.id.startsWith(`${name}.`) && name);
-    if (i >= 0) {
-      choose(i);
-      return true;
+  function decoded(text) {
+    try {
+      return decodeURIComponent(text);
+    } catch {
+      return text;
     }
-    return false;
+  }
+  /* The site of that name, or the first of the layer of that name. */
+  function named(text) {
+    const name = at.has(text) ? text : decoded(text);
+    if (!name) return undefined;
+    if (at.has(name)) return at.get(name);
+    const i = sites.findIndex((site) => site.id.startsWith(`${name}.`));
+    return i >= 0 ? i : undefined;
+  }
+  function fromAddress() {
+    const i = named(location.hash.slice(1));
+    if (i !== undefined) choose(i);
+    return i !== undefined;
   }
 
   /* The table: sorted by any column, filtered by name, tensor and verdict. */
@@ -211,5 +222,5 @@
   byId("theme").addEventListener("click", theme);
 
   if (matchMedia("(max-width: 1000px)").matches) byId("panel")?.querySelector("details").removeAttribute("open");
-  if (sites.length && !fromAddress() && first !== null) choose(at.get(first));
+  if (sites.length && !fromAddress()) choose(at.get(first) ?? 0);
 })();
