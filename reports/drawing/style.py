@@ -16,7 +16,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from divergence.reports import number
+from divergence.reports import number, plain
 from divergence.reports.layers import Row
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def blank(title: str = "", *, legend: bool = False) -> tuple[Figure, Axes]:
         )
     )
     if title:
-        figure.text(_LEFT / WIDTH, 1 - 8 / height, title, va="top", weight="bold", parse_math=False)
+        said = plain(title, ascii_only=True)
+        figure.text(_LEFT / WIDTH, 1 - 8 / height, said, va="top", weight="bold", parse_math=False)
     else:
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
@@ -173,7 +174,8 @@ def _group(row: Row) -> tuple[str, int]:
 
 
 def _in_short(row: Row, room: float) -> str:
-    words = f"{row.stack or 'call'} {row.call}" if row.call > 1 or not row.stack else row.stack
+    stack = plain(row.stack, ascii_only=True)  # what any font has
+    words = f"{stack or 'call'} {row.call}" if row.call > 1 or not stack else stack
     letters = int(room * 60)
     return words if len(words) <= letters else words[: max(0, letters - 1)] + "…" if letters > 2 else ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from divergence.reports import plain
 from divergence.reports.html.view import page_data, view
 from divergence.result import Comparison
 
@@ -23,13 +24,15 @@ def render_html(comparison: Comparison) -> str:
     hashes, and all that comes from the model is escaped.
     """
     style, script = _file("style.css"), _file("script.js")
-    return _template().render(
+    page = _template().render(
         **view(comparison),
         style=Markup(style),  # noqa: S704 (a file of this package)
         script=Markup(script),  # noqa: S704 (a file of this package)
         data=Markup(page_data(comparison)),  # noqa: S704 (JSON in which no tag can begin or end)
         policy_header=_security_policy(style, script),
     )
+    # Half of a surrogate pair, which JSON may hold, is no character that a file could.
+    return page.encode("utf-8", "backslashreplace").decode()
 
 
 @cache
@@ -42,11 +45,17 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
+        finalize=_visible,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment.get_template("page.html.jinja")
+
+
+def _visible(value: object) -> object:
+    """Text from the model without control characters, nor such as turn the direction of reading."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _security_policy(style: str, script: str) -> str:

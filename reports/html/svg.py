@@ -7,6 +7,7 @@ import io
 import re
 import xml.etree.ElementTree as ET
 
+from divergence.reports import plain
 from divergence.reports.drawing import Plot
 from divergence.reports.drawing.style import PALETTE
 
@@ -41,8 +42,8 @@ def embedded(plot: Plot) -> str:
         "viewBox": f"0 0 {width} {height}",
         "class": "plot",
         "role": "img",
-        "aria-label": plot.title,
-        "data-tensor": plot.tensor,
+        "aria-label": plain(plot.title),
+        "data-tensor": plain(plot.tensor),
         "data-kind": plot.kind,
     }
     if plot.columns:

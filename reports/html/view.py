@@ -102,12 +102,12 @@ def page_data(comparison: Comparison) -> str:
     content = {
         "sites": [
             {
-                "id": site.site,
+                "id": plain(site.site),
                 "row": index.get((site.call, site.stack, site.layer)) if site.layer is not None else None,
-                "tensor": site.tensor,
+                "tensor": plain(site.tensor),
                 "verdict": site.verdict,
                 "values": [_raw(_value(site, name, comparison)) for name in COLUMNS],
-                "words": _words(site, comparison),
+                "words": plain(_words(site, comparison)),
                 "sizes": {"token": axis_size(site, "token"), "head": axis_size(site, "head")},
                 "facts": _details(site, comparison),
                 "token": [_raw(v, 2) for v in site.profile.token] if site.tensor in drawn else [],
@@ -115,8 +115,8 @@ def page_data(comparison: Comparison) -> str:
             }
             for site in comparison.sites
         ],
-        "rows": [_row_name(row) for row in rows],
-        "first": first.site if (first := first_site(comparison) or worst_site(comparison)) else None,
+        "rows": [plain(_row_name(row)) for row in rows],
+        "first": plain(first.site) if (first := first_site(comparison) or worst_site(comparison)) else None,
     }
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -189,7 +189,7 @@ def nonfinite(count: int = 12) -> Comparison:
 
 def keys_and_values_only() -> Comparison:
     """An opaque engine: no hidden states, so that nothing was replayed."""
-    known = {"introduced": None, "introduced_ratio": None, "introduced_floor": None}
+    known: dict[str, Any] = {"introduced": None, "introduced_ratio": None, "introduced_floor": None}
     sites = [
         dataclasses.replace(s, **known, verdict="fail" if (s.ratio or 0) > 4 else "pass", reason="")
         for s in fails(18, KEY_VALUE).sites

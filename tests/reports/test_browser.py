@@ -47,13 +47,17 @@ def show(browser: Browser, folder: Path) -> Iterator[Open]:
     contexts = []
     said: list[str] = []
 
+    def refused(dialog: Any) -> None:
+        said.append(dialog.message)
+        dialog.dismiss()
+
     def opened(name: str, anchor: str = "", width: int = 1440, **context: Any) -> Page:
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}, **context))
         page = contexts[-1].new_page()
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: requested.append(request.url))
-        page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+        page.on("dialog", refused)
         requested: list[str] = []
         address = (folder / f"{name}.html").as_uri()
         page.goto(address + anchor)
@@ -88,13 +92,29 @@ def test_a_page_of_thirty_layers_opens_within_a_second(show: Open) -> None:
     assert min(times) < 1000
 
 
-@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", PAGES)
-def test_nothing_scrolls_sideways_or_overlaps(show: Open, name: str, width: int) -> None:
-    page = show(name, width=width)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate(OUTSIDE) == []
-    assert page.evaluate(OVERLAPS) == []
+def test_nothing_scrolls_sideways_or_overlaps(show: Open, name: str) -> None:
+    page = show(name)
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+        assert page.evaluate(OUTSIDE) == [], width
+        assert page.evaluate(OVERLAPS) == [], width
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("document.querySelector('.card').style.marginLeft = '-99px'", "OUTSIDE"),
+        ("document.querySelector('.card').style.marginRight = '-99px'", "OVERLAPS"),
+        ("document.querySelector('svg.plot text').setAttribute('y', 40)", "OVERLAPS"),
+    ],
+)
+def test_the_check_for_overlaps_finds_one(show: Open, fault: str, check: str) -> None:
+    page = show("fail")
+    page.evaluate(fault)
+    page.evaluate("document.querySelectorAll('svg.plot text').forEach((t) => t.setAttribute('x', 60))")
+    assert page.evaluate({"OUTSIDE": OUTSIDE, "OVERLAPS": OVERLAPS}[check])
 
 
 # Boxes that stick out of the window, and texts that their own box cuts off.

@@ -110,17 +110,34 @@ def test_names_from_the_model_stay_text(pages: dict[str, Page]) -> None:
     assert "<" not in title
 
 
-@given(st.text(max_size=60))
+ANY_TEXT = st.text(st.characters(), max_size=40)
+"""With control characters and halves of surrogate pairs."""
+
+
+@given(ANY_TEXT)
 @settings(max_examples=15)
 def test_any_name_leaves_the_page_well_formed(name: str) -> None:
-    """The same tags whatever the name is."""
+    """The same tags whatever the name is, and text that a file can hold."""
 
-    def tags(text: str) -> list[str]:
-        odd = dataclasses.replace(cases.site(None, "logits"), site=f"output.{text}", tensor=text)
-        said = cases.comparison(odd, candidate=text, notes=(text,), contract={"a": text}, command=f"x{text}")
-        return [tag for tag, _ in Page(render_html(said)).tags]
+    def page(text: str) -> Page:
+        output = dataclasses.replace(cases.site(None, "logits"), site=f"output.{text}", tensor=text)
+        bad = dataclasses.replace(
+            cases.site(0, "key", 9.0), site=f"b{text}", tensor=f"c{text}", stack=f"a{text}"
+        )
+        said = cases.comparison(
+            bad,
+            *cases.layers(2),
+            output,
+            candidate=text,
+            notes=(text,),
+            contract={"a": text},
+            command=f"x{text}",
+        )
+        return Page(render_html(said).encode("utf-8").decode())
 
-    assert tags(name) == tags("plain")
+    found = page(name)
+    assert [tag for tag, _ in found.tags] == [tag for tag, _ in page("plain").tags]
+    assert found.of("a")[1]["href"] == f"#{found.data['sites'][0]['id']}"
 
 
 @pytest.mark.parametrize(
