@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from divergence.assertions import assert_close
     from divergence.captures import Capture, open_capture
+    from divergence.chain import compare_chain
+    from divergence.chain_result import Chain, Step
     from divergence.comparison import compare_tensors
     from divergence.comparison.metrics import Metrics
     from divergence.config import Config, Tolerance, load_config
@@ -32,15 +34,18 @@ _HOME = {
     "assert_close": "assertions",
     "capture": "pipeline",
     "compare": "pipeline",
+    "compare_chain": "chain",
     "compare_tensors": "comparison",
     "load_config": "config",
     "open_capture": "captures",
     "Capture": "captures",
+    "Chain": "chain_result",
     "Comparison": "result",
     "Config": "config",
     "Metrics": "comparison.metrics",
     "Site": "sites",
     "SiteResult": "result",
+    "Step": "chain_result",
     "Tolerance": "config",
     "AlignmentError": "errors",
     "CaptureError": "errors",
@@ -54,6 +59,7 @@ __all__ = [
     "AlignmentError",
     "Capture",
     "CaptureError",
+    "Chain",
     "Comparison",
     "Config",
     "ConfigurationError",
@@ -63,10 +69,12 @@ __all__ = [
     "Site",
     "SiteResult",
     "SourceError",
+    "Step",
     "Tolerance",
     "assert_close",
     "capture",
     "compare",
+    "compare_chain",
     "compare_tensors",
     "load_config",
     "open_capture",

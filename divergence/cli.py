@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,13 +12,15 @@ import click
 
 from divergence import __version__
 from divergence.errors import DivergenceError, one_line
+from divergence.report_commands import diff, report, show
 
 if TYPE_CHECKING:
+    from divergence.chain_result import Chain
     from divergence.config import Config, Tolerance
+    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.result import Comparison
 
 F = TypeVar("F", bound=Callable[..., Any])
-EXIT = {"pass": 0, "fail": 1, "error": 2}
 
 
 class _Group(click.Group):
@@ -71,6 +73,40 @@ def _common(function: F) -> F:
     return function
 
 
+def _engine(function: F) -> F:
+    for option in reversed(
+        (
+            click.option(
+                "--host",
+                default="torch",
+                show_default=True,
+                metavar="HOST",
+                help="How engines are run: torch, pycuda, both (compared bit by bit), FILE.py:CLASS.",
+            ),
+            click.option(
+                "--context",
+                type=click.Choice(["primary", "own"]),
+                default="primary",
+                show_default=True,
+                help="CUDA context of the pycuda host.",
+            ),
+            click.option(
+                "--plugin", multiple=True, metavar="LIB", help="Plugin library to load first; several times."
+            ),
+            click.option(
+                "--profile",
+                type=click.IntRange(0),
+                default=0,
+                show_default=True,
+                help="Optimization profile of the engine to run in.",
+            ),
+            click.option("--hazards", is_flag=True, help="Look for what the host forgets to wait for."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="divergence")
 def main() -> None:
@@ -82,7 +118,14 @@ def main() -> None:
 @click.option(
     "--ref", required=True, metavar="SRC", help="Reference: pytorch, pytorch:FILE.py:FUNC, a capture."
 )
-@click.option("--cand", required=True, metavar="SRC", help="Candidate: an .onnx file, a capture, pytorch:...")
+@click.option(
+    "--cand",
+    required=True,
+    multiple=True,
+    metavar="SRC",
+    help="Candidate: an .onnx file, a capture, pytorch:... Several make a chain: each is also compared "
+    "with the one before it.",
+)
 @_common
 @click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the reports.")
 @click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
@@ -95,10 +138,11 @@ def main() -> None:
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Sites not to compare; several times.")
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
-@click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@_engine
+@click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
 def compare(
     ref: str,
-    cand: str,
+    cand: tuple[str, ...],
     inputs: str | None,
     detail: bool,
     memory: int,
@@ -110,37 +154,42 @@ def compare(
     replay: Any,
     floor: str | None,
     keep_captures: bool,
+    **engine: Any,
 ) -> int:
-    """Compare a candidate with a reference and give a verdict."""
+    """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
     if keep_captures and out is None:
         raise click.UsageError("--keep-captures needs --out DIR to keep them in")
     config = _config(config_file)
-    from divergence.pipeline import compare as run
+    from divergence.chain import compare_chain
+    from divergence.pipeline import compare as compare_pair
     from divergence.reports.progress import progress
 
+    options: dict[str, Any] = {
+        "precision": precision,
+        "tolerance": _tolerance(tolerance, config),
+        "exclude": exclude,
+        "detail": detail,
+        "replay": replay,
+        "floor": floor,
+        "memory": memory << 20,
+        "engine": _engine_options(engine),
+        "keep": out if keep_captures else None,
+        "config": config,
+        "command": _command(),
+    }
+    result: Comparison | Chain
     with progress(sys.stderr, sys.stderr.isatty()) as shown:
-        result = run(
-            ref,
-            cand,
-            inputs,
-            precision=precision,
-            tolerance=_tolerance(tolerance, config),
-            exclude=exclude,
-            detail=detail,
-            replay=replay,
-            floor=floor,
-            memory=memory << 20,
-            keep=out if keep_captures else None,
-            config=config,
-            command=_command(),
-            progress=shown,
-        )
-    return _report(result, out)
+        if len(cand) == 1:
+            result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
+        else:
+            result = compare_chain(ref, cand, inputs, **options, progress=shown)
+    return show(result, out)
 
 
 @main.command()
 @click.argument("source", metavar="SRC")
 @_common
+@_engine
 @click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Capture to make.")
 @click.option(
     "--reference",
@@ -156,6 +205,7 @@ def capture(
     config_file: Path | None,
     out: Path,
     reference: Path | None,
+    **engine: Any,
 ) -> int:
     """Run SRC and record its sites, to compare elsewhere or later."""
     config = _config(config_file)
@@ -171,6 +221,7 @@ def capture(
             detail=detail,
             reference=open_capture(reference) if reference else None,
             memory=memory << 20,
+            engine=_engine_options(engine),
             config=config,
             progress=shown,
         )
@@ -181,16 +232,122 @@ def capture(
 @main.command()
 @click.argument("source", metavar="SRC")
 @_common
-def inspect(source: str, inputs: str | None, detail: bool, memory: int, config_file: Path | None) -> int:  # noqa: ARG001 - shares the options of capture
+@_engine
+def inspect(
+    source: str,
+    inputs: str | None,
+    detail: bool,  # noqa: ARG001 - shares the options of capture
+    memory: int,
+    config_file: Path | None,
+    **engine: Any,
+) -> int:
     """Show what sites SRC has, how they were found, and the precision of each operator."""
     config = _config(config_file)
     from divergence.inputs import load_inputs
     from divergence.reports.terminal import render_description
     from divergence.sources import open_source
 
-    probe = open_source(source, config, memory=memory << 20)
+    probe = open_source(source, config, memory=memory << 20, engine=_engine_options(engine))
     spec = inputs or config.inputs
     click.echo(render_description(probe.describe(load_inputs(spec, config.base) if spec else None)))
+    return 0
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="MODEL.onnx")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), metavar="PLAN", help="Engine to write."
+)
+@click.option(
+    "--precision",
+    default="fp32",
+    show_default=True,
+    metavar="P",
+    help="fp32 (without TF32), tf32, fp16, bf16, typed (the model's own types), fp8, int8.",
+)
+@click.option("--inputs", metavar="FILE", help="Build for the shapes of these inputs.")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="CAPTURE",
+    help="Capture of the reference on --inputs, which helps to find sites.",
+)
+@click.option(
+    "--look",
+    type=click.Choice(["outputs", "debug", "none"]),
+    default="outputs",
+    show_default=True,
+    help="How sites are made visible: as outputs, as debug tensors (which spare fusions), or not.",
+)
+@click.option(
+    "--plain/--no-plain", default=True, show_default=True, help="Also the engine without added outputs."
+)
+@click.option("--detail", is_flag=True, help="Also query, attention, norms and MLP of every layer.")
+@click.option(
+    "--shape", multiple=True, metavar="NAME=MIN,OPT,MAX", help="Shapes of an open input: x=1x1,1x128,1x512."
+)
+@click.option("--level", type=int, metavar="N", help="Builder optimization level, 0 to 5.")
+@click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="Memory that tactics may use.")
+@click.option("--timing-cache", type=click.Path(), metavar="FILE", help="Measured tactics, read and written.")
+@click.option("--version-compatible", is_flag=True, help="Runs on later minor versions of TensorRT too.")
+@click.option("--plugin", multiple=True, metavar="LIB", help="Plugin library to load first; several times.")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="Configuration."
+)
+def build(
+    model: Path,
+    out: Path,
+    precision: str,
+    inputs: str | None,
+    reference: Path | None,
+    look: Any,
+    plain: bool,
+    detail: bool,
+    shape: tuple[str, ...],
+    level: int | None,
+    workspace: int | None,
+    timing_cache: str | None,
+    version_compatible: bool,
+    plugin: tuple[str, ...],
+    config_file: Path | None,
+) -> int:
+    """Build a TensorRT engine whose sites can be seen, and its map beside it."""
+    config = _config(config_file)
+    from divergence.captures import open_capture
+    from divergence.inputs import load_inputs
+    from divergence.probes.tensorrt.build import BuildOptions, build_engine, parse_shapes
+    from divergence.reports.progress import progress
+
+    options = BuildOptions(
+        precision=precision,
+        look=look,
+        plain=plain,
+        level=level,
+        workspace_mib=workspace,
+        timing_cache=timing_cache,
+        version_compatible=version_compatible,
+        profiles=parse_shapes(shape),
+        plugins=plugin,
+    )
+    settings = config.sources.get(str(model))
+    spec = inputs or config.inputs
+    with progress(sys.stderr, sys.stderr.isatty()) as shown:
+        sidecar = build_engine(
+            Path(settings.path) if settings and settings.path else model,
+            out,
+            options,
+            inputs=load_inputs(spec, config.base) if spec else None,
+            reference=open_capture(reference) if reference else None,
+            sites=settings.sites if settings else None,
+            detail=detail,
+            progress=shown,
+        )
+    for warning in sidecar.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(
+        f"{out}: {sidecar.precision}, {len(sidecar.outputs)} sites as {sidecar.look}, "
+        f"built in {sidecar.seconds:.0f} s{f'; without them: {sidecar.plain}' if sidecar.plain else ''}"
+    )
     return 0
 
 
@@ -203,36 +360,20 @@ def demo(out: Path | None) -> int:
     return run(out)
 
 
-@main.command()
-@click.argument("report_dir", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--link", default="", metavar="URL", help="Where the page will be found, for summary.md.")
-def report(report_dir: Path, link: str) -> int:
-    """Render the reports in DIR again from its report.json; exit status as of compare."""
-    from divergence.result import load_report
-
-    return _report(load_report(report_dir), report_dir, link)
+main.add_command(report)
+main.add_command(diff)
 
 
-@main.command()
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
-@click.option(
-    "--factor",
-    type=float,
-    default=2.0,
-    show_default=True,
-    help="Ratio of error-over-floor ratios up to which a change is noise.",
-)
-def diff(old: Path, new: Path, factor: float) -> int:
-    """Compare two reports (folders or report.json): exit 1 if a site became worse beyond noise."""
-    from divergence.diff import diff as run
-    from divergence.reports.difference import render_difference
-    from divergence.result import load_report
+def _engine_options(given: Mapping[str, Any]) -> EngineOptions:
+    from divergence.probes.tensorrt.options import EngineOptions
 
-    found = run(load_report(old), load_report(new), factor)
-    width = click.get_current_context().terminal_width or 100
-    click.echo(render_difference(found, width=width, color=sys.stdout.isatty()))
-    return {"regressed": 1, "error": 2}.get(found.verdict, 0)
+    return EngineOptions(
+        host=given["host"],
+        context=given["context"],
+        plugins=given["plugin"],
+        profile=given["profile"],
+        hazards=given["hazards"],
+    )
 
 
 def _config(path: Path | None) -> Config:
@@ -248,21 +389,6 @@ def _tolerance(given: tuple[str, ...], config: Config) -> Tolerance:
     for text in given:
         tolerance = parse_tolerance(text, tolerance)
     return tolerance
-
-
-def _report(result: Comparison, out: Path | None, link: str = "") -> int:
-    from divergence.reports.terminal import render
-
-    if out is not None:
-        from divergence.reports import write_all
-
-        write_all(result, out, link=link)
-    terminal = sys.stdout.isatty()
-    width = click.get_current_context().terminal_width or 100
-    click.echo(render(result, width=width, color=terminal))
-    if out is not None:
-        click.echo(f"report: {out / 'report.html'}")
-    return EXIT[result.verdict]
 
 
 def _command() -> str:

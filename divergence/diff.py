@@ -44,7 +44,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ReportDiff:
     """All changes from one report to another.
 
     Attributes:
@@ -67,7 +67,7 @@ class Difference:
         return tuple(change for change in self.changes if change.kind == kind)
 
 
-def diff(old: Comparison, new: Comparison, factor: float = FACTOR) -> Difference:
+def diff(old: Comparison, new: Comparison, factor: float = FACTOR) -> ReportDiff:
     """Compares two reports site by site.
 
     Args:
@@ -83,7 +83,7 @@ def diff(old: Comparison, new: Comparison, factor: float = FACTOR) -> Difference
         raise ConfigurationError(f"factor {factor:g}: a change beyond noise is a factor above 1; give 2")
     notes = _notes(old, new)
     if not new.sites:
-        return Difference("error", f"the new report answers nothing: {new.reason}", (), notes, factor)
+        return ReportDiff("error", f"the new report answers nothing: {new.reason}", (), notes, factor)
     before = {site.site: site for site in old.sites}
     if not any(site.site in before for site in new.sites):
         raise AlignmentError(
@@ -100,16 +100,16 @@ def diff(old: Comparison, new: Comparison, factor: float = FACTOR) -> Difference
     return _judged(tuple(changes), notes, factor)
 
 
-def _judged(changes: tuple[Change, ...], notes: tuple[str, ...], factor: float) -> Difference:
+def _judged(changes: tuple[Change, ...], notes: tuple[str, ...], factor: float) -> ReportDiff:
     worse = [c for c in changes if c.kind == "worse"]
     better = [c for c in changes if c.kind == "better"]
     if worse:
         more = f", and {len(worse) - 1} more" if len(worse) > 1 else ""
-        return Difference("regressed", f"{worse[0].site} {worse[0].reason}{more}", changes, notes, factor)
+        return ReportDiff("regressed", f"{worse[0].site} {worse[0].reason}{more}", changes, notes, factor)
     if better:
         more = f", and {len(better) - 1} more" if len(better) > 1 else ""
-        return Difference("improved", f"{better[0].site} {better[0].reason}{more}", changes, notes, factor)
-    return Difference("unchanged", f"no site changed by more than {factor:g}x", changes, notes, factor)
+        return ReportDiff("improved", f"{better[0].site} {better[0].reason}{more}", changes, notes, factor)
+    return ReportDiff("unchanged", f"no site changed by more than {factor:g}x", changes, notes, factor)
 
 
 def _names(report: Comparison) -> str:

@@ -3,51 +3,40 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import platform
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from divergence.alignment import Alignment, Pair, align
-from divergence.captures import Capture, CaptureWriter
+from divergence.assembly import environment, site_result
+from divergence.captures import Capture
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
-from divergence.errors import ConfigurationError, InputError
-from divergence.inputs import digest, load_inputs, token_masks
+from divergence.errors import ConfigurationError
 from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
-from divergence.probes import Probe, Progress, silent
+from divergence.prepared import Reference, prepare, valid_tokens
+from divergence.probes import Progress, silent
 from divergence.replay import Introduced, Replayer, ReplayResult
-from divergence.result import Comparison, Policy, SiteResult
+from divergence.result import Comparison, Policy
+from divergence.setting import Inputs, Options, Setting, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
+from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from divergence.comparison.metrics import Metrics
+    from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
+    from divergence.probes.tensorrt.options import EngineOptions
     from divergence.sites import Site
 
-Inputs = Mapping[str, "torch.Tensor"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Choices of a comparison; see `compare`."""
-
-    precision: str | None = None
-    detail: bool = False
-    replay: Literal["auto", "always", "never"] = "auto"
-    floor: object = None
-    memory: int = 512 << 20
-    command: str = ""
+__all__ = ["Job", "capture", "compare", "record", "timed"]
 
 
 def compare(
@@ -62,6 +51,7 @@ def compare(
     replay: Literal["auto", "always", "never"] = "auto",
     floor: object = None,
     memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
     keep: Path | None = None,
     config: Config | None = None,
     command: str = "",
@@ -82,6 +72,7 @@ def compare(
         floor: a source whose error against the reference is the noise floor, where the reference is no
             PyTorch module that could be run in the candidate's precision.
         memory: bytes of an ONNX model's tensors to hold at a time.
+        engine: how TensorRT engines are run.
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
@@ -93,14 +84,23 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command
+        check_precision(precision) if precision else None, detail, replay, floor, memory, command, engine
     )
-    tensors = _inputs(inputs, config)
-    with _folder(keep) as folder, _quiet_collector():
-        job = _Job(config, options, tensors, tolerance or config.tolerance, folder, progress)
-        result = job.run(ref, cand, (*config.exclude, *exclude))
-    environment = {**result.environment, "seconds": round(time.monotonic() - started, 3)}
-    return replace(result, environment=environment)
+    tensors = read_inputs(inputs, config)
+    with working_folder(keep) as folder, quiet_collector():
+        setting = Setting(
+            config,
+            options,
+            tensors,
+            tolerance or config.tolerance,
+            (*config.exclude, *exclude),
+            folder,
+            progress,
+        )
+        with contextlib.closing(setting):
+            setting.get_ready([cand])
+            result = Job(setting, prepare(ref, setting)).run(cand)
+    return timed(result, started)
 
 
 def capture(
@@ -111,13 +111,14 @@ def capture(
     detail: bool = False,
     reference: Capture | None = None,
     memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
     config: Config | None = None,
     progress: Progress = silent,
 ) -> Capture:
     """Runs `source` on `inputs` and records all its sites in the folder `path`.
 
     Args:
-        source, inputs, detail, memory, config, progress: as for `compare`.
+        source, inputs, detail, memory, engine, config, progress: as for `compare`.
         path: folder to make; an existing capture there is replaced when the new one is complete.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
 
@@ -125,82 +126,53 @@ def capture(
         DivergenceError: the source cannot be run, or the capture cannot be written.
     """
     config = load_config() if config is None else config
-    tensors = _inputs(inputs, config)
-    probe = open_source(source, config, reference=reference, memory=memory)
+    tensors = read_inputs(inputs, config)
+    probe = open_source(source, config, reference=reference, memory=memory, engine=engine)
     return record(probe, tensors, Path(path), detail=detail, progress=progress)
 
 
-def record(
-    probe: Probe, inputs: Inputs, path: Path, *, detail: bool, progress: Progress, **run: Any
-) -> Capture:
-    """Runs `probe` into a capture at `path`."""
-    with CaptureWriter(path) as writer:
-        facts = probe.run(inputs, writer, detail=detail, progress=progress, **run)
-        for stack, mask in token_masks(inputs, facts.stacks).items():
-            writer.add_mask(stack, mask)
-        return writer.close(facts, digest(inputs))
+def timed(result: Comparison, started: float) -> Comparison:
+    """`result` with the seconds since `started` (`time.monotonic`) in its environment."""
+    seconds = round(time.monotonic() - started, 3)
+    return replace(result, environment={**result.environment, "seconds": seconds})
 
 
-def _inputs(inputs: Inputs | str | None, config: Config) -> Inputs:
-    if inputs is None:
-        if config.inputs is None:
-            raise InputError(
-                "no inputs: give --inputs FILE (.safetensors, .npz, FILE.py:FUNC), "
-                "or set inputs in divergence.toml"
-            )
-        inputs = config.inputs
-    return load_inputs(inputs, config.base) if isinstance(inputs, str) else dict(inputs)
+class Job:
+    """The comparison of one candidate with the reference.
 
+    Args:
+        setting: what it shares with others.
+        reference: the reference after its run.
+        name: of the candidate's capture.
 
-@contextlib.contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        yield keep
-        return
-    with tempfile.TemporaryDirectory(prefix="divergence-") as folder:
-        yield Path(folder)
+    Attributes:
+        pairs: what was compared, by site of the reference in execution order.
+        metrics: candidate against reference by site.
+        floors: noise floors by site; empty where all is equal to the bit or nothing is judged by them.
+    """
 
-
-@contextlib.contextmanager
-def _quiet_collector() -> Iterator[None]:
-    """Keeps the garbage collector from walking what was there before: with a large model and its
-    libraries loaded, a full collection takes half a second and finds nothing."""
-    if gc.get_freeze_count():  # someone else's choice, which unfreezing would undo
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-class _Job:
-    """One comparison under way."""
-
-    def __init__(
-        self,
-        config: Config,
-        options: Options,
-        inputs: Inputs,
-        tolerance: Tolerance,
-        folder: Path,
-        progress: Progress,
-    ) -> None:
-        self.config = config
-        self.options = options
-        self.inputs = inputs
-        self.tolerance = tolerance
-        self.folder = folder
-        self.progress = progress
+    def __init__(self, setting: Setting, reference: Reference, name: str = "candidate") -> None:
+        self.setting = setting
+        self.config = setting.config
+        self.options = setting.options
+        self.inputs = setting.inputs
+        self.tolerance = setting.tolerance
+        self.progress = setting.progress
+        self.prepared = reference
+        self.reference = reference.capture
+        self.name = name
         self.notes: list[str] = []
 
-    def run(self, ref: object, cand: object, exclude: Sequence[str]) -> Comparison:
-        probe = open_source(ref, self.config)
-        pytorch = _as_pytorch(probe)
-        self.reference = self._record(probe, "reference", **({"record": True} if pytorch else {}))
-        candidate_probe = open_source(cand, self.config, reference=self.reference, memory=self.options.memory)
-        self.candidate = self._record(candidate_probe, "candidate")
+    def run(self, cand: object) -> Comparison:
+        """Runs the candidate once and compares it.
+
+        Raises:
+            DivergenceError: the question cannot be answered.
+        """
+        pytorch, exclude = self.prepared.pytorch, self.setting.exclude
+        probe = self.setting.open(cand, self.reference)
+        self._floors_meanwhile(pytorch, probe)
+        self.candidate = self.setting.record(probe, self.name)
         settings = self.config.sources.get(str(cand)) if isinstance(cand, str | Path) else None
         self.alignment: Alignment = align(
             self.reference.entries,
@@ -215,7 +187,7 @@ class _Job:
             if not any(matches(site, pattern) for site in known)
         ]
         self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
-        metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
+        self.metrics = metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}
         floor_from = ""
@@ -224,16 +196,31 @@ class _Job:
             if any(self.tolerance.judges_by_floor(site) for site in metrics):
                 floors, floor_from = self._floors(pytorch, precision)
             replayed = self._replay(pytorch, precision, metrics, floors)
+        self.floors = floors
         self.notes += replayed.notes
         return self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
 
-    def _record(self, probe: Probe, name: str, **run: Any) -> Capture:
-        path = self.folder / f"{name}.capture"
-        return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
+    def tensor(self, site: Site) -> Tensor:
+        """The candidate's tensor at `site`, one of `pairs`, in the reference's layout."""
+        pair = self.pairs[site]
+        return pair.layout.apply(self.candidate.tensor(pair.candidate))
+
+    def difference(self, before: Job | None, site: Site) -> Metrics:
+        """This candidate's tensor against that of the one `before` it (None for the reference).
+
+        Args:
+            before: another candidate of the same reference.
+            site: one of the `pairs` of both.
+        """
+        if before is None:
+            return self.metrics[site]
+        theirs = before.tensor(site)
+        return compare_tensors(
+            theirs, self.tensor(site), axes=self._axes(site), mask=self._mask(site, theirs)
+        )
 
     def _candidate_tensor(self, site: Site) -> Tensor | None:
-        pair = self.pairs.get(site)
-        return None if pair is None else pair.layout.apply(self.candidate.tensor(pair.candidate))
+        return self.tensor(site) if site in self.pairs else None
 
     def _reference_tensor(self, site: Site) -> Tensor | None:
         return self.reference.tensor(site) if site in self.reference.entries else None
@@ -261,7 +248,19 @@ class _Job:
             f"{self.candidate.facts.source}: does not show which precision it runs in; give --precision"
         )
 
+    def _floors_meanwhile(self, pytorch: PyTorchProbe | None, probe: Probe) -> None:
+        """Measures the floor while an engine's worker loads, where the engine's precision is known."""
+        precision = self.options.precision or getattr(probe, "expected_precision", None)
+        if probe.kind == "tensorrt" and precision and pytorch and self.tolerance.policy == "noise-floor":
+            self._floors(pytorch, precision)
+
     def _floors(self, pytorch: PyTorchProbe | None, precision: str) -> tuple[Mapping[Site, Floor], str]:
+        known = self.prepared.floors
+        if precision not in known:
+            known[precision] = self._measured(pytorch, precision)
+        return known[precision]
+
+    def _measured(self, pytorch: PyTorchProbe | None, precision: str) -> tuple[Mapping[Site, Floor], str]:
         if self.options.floor is not None:
             return self._floors_from(self.options.floor, precision)
         if pytorch is None:
@@ -283,7 +282,7 @@ class _Job:
 
     def _floors_from(self, source: object, precision: str) -> tuple[Mapping[Site, Floor], str]:
         probe = open_source(source, self.config, reference=self.reference, memory=self.options.memory)
-        taken = self._record(probe, "floor")
+        taken = self.setting.record(probe, "floor")
         floors = {
             pair.reference: Floor.of(self._metrics(pair, taken), precision)
             for pair in align(self.reference.entries, taken.entries).pairs
@@ -351,7 +350,15 @@ class _Job:
     ) -> Comparison:
         judged = self._judge(metrics, floors, introduced)
         sites = tuple(
-            self._site(site, m, floors.get(site), introduced.get(site), judged[site])
+            site_result(
+                self.pairs[site],
+                self.reference,
+                self.candidate,
+                m,
+                floors.get(site),
+                introduced.get(site),
+                judged[site],
+            )
             for site, m in metrics.items()
         )
         verdict, reason = overall(sites, self.alignment.unmatched)
@@ -375,102 +382,7 @@ class _Job:
             sites=sites,
             unmatched=self.alignment.unmatched,
             notes=tuple(dict.fromkeys((*ref.notes, *cand.notes, *self.notes))),
-            environment=self._environment(),
+            contract=cand.details.get("contract") or {},
+            environment=environment(self.reference, self.candidate, self.inputs),
             command=self.options.command,
         )
-
-    def _site(
-        self,
-        site: Site,
-        m: Metrics,
-        floor: Floor | None,
-        introduced: Introduced | None,
-        judged: Judgement,
-    ) -> SiteResult:
-        pair = self.pairs[site]
-        ref, cand = self.reference.entries[site], self.candidate.entries[pair.candidate]
-        return SiteResult(
-            site=str(site),
-            stack=site.stack,
-            layer=site.layer,
-            tensor=site.tensor,
-            call=site.call,
-            verdict=judged.verdict,
-            reason=judged.reason,
-            mse=m.mse,
-            max_abs=m.max_abs,
-            max_abs_at=m.max_abs_at,
-            mean_abs=m.mean_abs,
-            rel_l2=m.rel_l2,
-            row_rel_l2=m.row_rel_l2,
-            cosine=m.cosine,
-            ref_min=m.ref_min,
-            ref_max=m.ref_max,
-            cand_min=m.cand_min,
-            cand_max=m.cand_max,
-            ref_nonfinite=m.ref_nonfinite,
-            cand_nonfinite=m.cand_nonfinite,
-            floor=floor.rel_l2 if floor else None,
-            ratio=floor.ratio(m) if floor else None,
-            introduced=introduced.metrics.rel_l2 if introduced else None,
-            introduced_floor=introduced.floor.rel_l2 if introduced else None,
-            introduced_ratio=introduced.ratio if introduced else None,
-            bit_equal=m.bit_equal,
-            padded_max_abs=m.padded_max_abs,
-            ref_dtype=ref.dtype,
-            cand_dtype=cand.dtype,
-            shape=ref.shape,
-            layout=str(pair.layout),
-            found_ref=ref.found,
-            found_cand=cand.found,
-            profile=m.profile(),
-        )
-
-    def _environment(self) -> dict[str, Any]:
-        import torch
-
-        from divergence import __version__
-
-        ref, cand = self.reference.facts, self.candidate.facts
-        return {
-            "divergence": __version__,
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "threads": torch.get_num_threads(),
-            "inputs_digest": self.reference.inputs_digest,
-            "inputs": {name: f"{t.dtype}{list(t.shape)}" for name, t in self.inputs.items()},
-            "reference": {"model_digest": ref.model_digest, "versions": dict(ref.versions), **ref.details},
-            "candidate": {"model_digest": cand.model_digest, "versions": dict(cand.versions), **cand.details},
-            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-
-
-def valid_tokens(capture: Capture, site: Site, tensor: Tensor) -> Tensor | None:
-    """The mask `[batch, token]` of valid tokens for `tensor` at `site`, or None where all count.
-
-    A mask that covers cached tokens too ends with the tensor's own; one of another length belongs to
-    something else and does not apply.
-    """
-    entry = capture.entries.get(site)
-    if entry is None or "token" not in entry.axes:
-        # Model outputs: [batch, token, channel] by convention, if the mask fits.
-        axis = 1 if site.layer is None and tensor.dim() == 3 else None
-    else:
-        axis = entry.axes.index("token")
-    if axis is None:
-        return None
-    stack = site.stack
-    if site.tensor.startswith("cross_"):
-        stack = next((name for name in capture.masks if "encoder" in name), "")
-    mask = capture.mask(stack)
-    tokens = tensor.shape[axis]
-    if mask is None or mask.shape[0] != tensor.shape[0] or mask.shape[1] < tokens:
-        return None
-    return mask[:, mask.shape[1] - tokens :]
-
-
-def _as_pytorch(probe: Probe) -> PyTorchProbe | None:
-    from divergence.probes.pytorch import PyTorchProbe
-
-    inner = getattr(probe, "probe", probe)
-    return inner if isinstance(inner, PyTorchProbe) else None

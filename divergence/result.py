@@ -209,7 +209,7 @@ class Comparison:
 
     def to_json(self) -> str:
         """`report.json`: strict JSON (NaN and infinities become null; counts say how many)."""
-        return json.dumps(_plain(self), indent=1, allow_nan=False, sort_keys=False)
+        return json.dumps(as_plain(self), indent=1, allow_nan=False, sort_keys=False)
 
     def save(self, path: Path) -> None:
         """Writes `report.json` at `path`."""
@@ -230,40 +230,52 @@ class Comparison:
                 newer = isinstance(schema, int) and schema > SCHEMA
                 mend = "update divergence" if newer else "run compare again"
                 raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; {mend}")
-            return _read(cls, content)
+            if content.get("kind") == "chain":
+                raise SourceError(f"{where}: the report of a chain; read it with divergence.Chain.from_json")
+            return from_plain(cls, content)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
 def load_report(path: Path) -> Comparison:
-    """The report in the folder or file `path`.
+    """The report of one candidate in the folder or file `path`.
 
     Raises:
         SourceError: there is none, or it cannot be read.
     """
+    return Comparison.from_json(*report_text(path))
+
+
+def report_text(path: Path) -> tuple[str, str]:
+    """The text of `report.json` in the folder or file `path`, and where it is, for messages.
+
+    Raises:
+        SourceError: there is none, or it is no text.
+    """
     file = path / "report.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8"), str(file)
     except FileNotFoundError as error:
         raise SourceError(f"{file}: no such report; give the folder that compare --out wrote") from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{file}: not a report of divergence (not text in UTF-8)") from error
-    return Comparison.from_json(text, str(file))
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
+    """`value` in JSON's own types: dataclasses as objects of their fields, NaN and infinities as null.
+    A field whose name is a word of Python's, and so ends in an underscore, is written without it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name.rstrip("_"): as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): as_plain(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
+        return [as_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-_NESTED = {
+NESTED: Mapping[str, type[Any]] = {
     "first_divergence": FirstDivergence,
     "policy": Policy,
     "sites": SiteResult,
@@ -273,17 +285,28 @@ _NESTED = {
 }
 
 
-def _read(kind: type[T], content: Mapping[str, Any]) -> T:
-    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+def from_plain(kind: type[T], content: Mapping[str, Any], nested: Mapping[str, type[Any]] = NESTED) -> T:
+    """What `as_plain` wrote, as a `kind`; unknown keys are left out, as a later version may add some.
+
+    Args:
+        kind: a dataclass.
+        content: of a JSON object.
+        nested: dataclass by name of the field that holds one or several of it.
+
+    Raises:
+        TypeError: a field without a default is missing.
+    """
+    names = {f.name.rstrip("_"): f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    for name, value in content.items():
-        if name not in known:
+    for key, value in content.items():
+        name = names.get(key)
+        if name is None:
             continue
-        nested = _NESTED.get(name)
-        if nested is not None and isinstance(value, list):
-            values[name] = tuple(_read(nested, item) for item in value)
-        elif nested is not None and isinstance(value, Mapping) and kind is not Policy:
-            values[name] = _read(nested, value)
+        inner = nested.get(name)
+        if inner is not None and isinstance(value, list):
+            values[name] = tuple(from_plain(inner, item, nested) for item in value)
+        elif inner is not None and isinstance(value, Mapping) and kind is not Policy:
+            values[name] = from_plain(inner, value, nested)
         elif isinstance(value, list):
             values[name] = tuple(value)
         else:

@@ -14,21 +14,28 @@ if TYPE_CHECKING:
     import torch
 
     from divergence.captures import Capture
+    from divergence.probes.tensorrt.options import EngineOptions
 
 ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
 
 
 def open_source(
-    source: object, config: Config, *, reference: Capture | None = None, memory: int = 512 << 20
+    source: object,
+    config: Config,
+    *,
+    reference: Capture | None = None,
+    memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
 ) -> Probe:
     """The probe for a source.
 
     Args:
-        source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file or a
-            capture, a name from the configuration, a `torch.nn.Module`, or a probe.
+        source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file, a
+            TensorRT engine or a capture, a name from the configuration, a `torch.nn.Module`, or a probe.
         config: the configuration that names refer to.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
         memory: bytes that an ONNX model's exposed tensors may take at a time.
+        engine: how a TensorRT engine is run.
 
     Raises:
         SourceError: there is no such source, or it cannot be opened.
@@ -41,7 +48,7 @@ def open_source(
         settings = config.sources.get(name)
         if settings is None:
             settings = _from_text(name, config)
-        probe = _open(name, settings, config, reference, memory)
+        probe = _open(name, settings, config, reference, memory, engine)
         return Renamed(probe, settings.inputs) if settings.inputs else probe
     from torch import nn
 
@@ -52,6 +59,13 @@ def open_source(
     raise SourceError(
         f"a source is a name, a path, a torch.nn.Module or a probe, not {type(source).__name__}"
     )
+
+
+def is_engine(source: str | Path, config: Config) -> bool:
+    """Whether `source` names a TensorRT engine."""
+    settings = config.sources.get(str(source))
+    path = Path(settings.path) if settings and settings.path else Path(source)
+    return path.suffix in ENGINE_SUFFIXES and not (settings and settings.model)
 
 
 def _from_text(name: str, config: Config) -> SourceConfig:
@@ -75,22 +89,28 @@ def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
-def _open(name: str, settings: SourceConfig, config: Config, reference: Capture | None, memory: int) -> Probe:
+def _open(
+    name: str,
+    settings: SourceConfig,
+    config: Config,
+    reference: Capture | None,
+    memory: int,
+    engine: EngineOptions | None,
+) -> Probe:
     if settings.model is not None:
         return _pytorch(name, settings, config)
     if settings.path is None:
         raise ConfigurationError(f"source '{name}': give it a model or a path")
     path = Path(settings.path)
     if path.suffix in ENGINE_SUFFIXES:
-        raise SourceError(
-            f"{path}: this version cannot run TensorRT engines; compare the ONNX model it was built from, "
-            "or a capture of the engine's outputs"
-        )
+        from divergence.probes.tensorrt.probe import TensorRTProbe
+
+        return TensorRTProbe(path, options=engine, reference=reference, sites=settings.sites)
     if path.is_dir() or path.suffix == ".capture" or _partial(path).exists():
         from divergence.probes.recorded import RecordedProbe
 
         return RecordedProbe(path)
-    from divergence.probes.onnx import OnnxProbe
+    from divergence.probes.onnx.probe import OnnxProbe
 
     return OnnxProbe(
         path,

@@ -98,6 +98,8 @@ class Description:
     notes: tuple[str, ...] = ()
     operators: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """For every operator type, how many run in which dtype."""
+    contract: Mapping[str, Any] = field(default_factory=dict)
+    """What an engine says that it runs in (`divergence.probes.tensorrt.contract`)."""
 
 
 @runtime_checkable

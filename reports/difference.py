@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
-from divergence.diff import Change, Difference, Kind
+from divergence.diff import Change, Kind, ReportDiff
 from divergence.reports import counted, number, times
 from divergence.reports.page import Page
 
@@ -24,7 +24,7 @@ _NAMED = 20
 
 
 def render_difference(
-    difference: Difference,
+    difference: ReportDiff,
     *,
     width: int = 100,
     color: bool = False,
@@ -58,7 +58,7 @@ def render_difference(
     return str(page)
 
 
-def _tally(difference: Difference) -> str:
+def _tally(difference: ReportDiff) -> str:
     kinds: tuple[Kind, ...] = ("worse", "better", "same", "added", "removed")
     return ", ".join(f"{n} {kind}" for kind in kinds if (n := len(difference.of(kind))))
 

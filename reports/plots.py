@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from divergence.reports import file_name
 from divergence.reports.drawing import house_style, plots
 from divergence.result import Comparison
 
@@ -24,7 +25,7 @@ def write_plots(comparison: Comparison, folder: Path) -> list[Path]:
     with house_style():
         for plot in plots(comparison, standalone=True):
             for ending in ("png", "svg"):
-                path = folder / f"{_file_name(plot.name)}.{ending}"
+                path = folder / f"{file_name(plot.name)}.{ending}"
                 metadata = _UNDATED if ending == "svg" else {}
                 plot.figure.savefig(path, dpi=_DPI, facecolor="white", metadata=metadata)
                 written.append(path)
@@ -35,8 +36,3 @@ def write_plots(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 _KINDS = ("accumulation", "range", "heads", "tokens", "spread")
-
-
-def _file_name(name: str) -> str:
-    """`name` without what a file system would object to."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]

@@ -19,9 +19,12 @@ from divergence.sites import LAYER_TENSORS
 MAIN = ("key", "value", "hidden")
 """Tensors of the first table; others follow in tables of their own."""
 
-_LABEL, _GAP, _CELL = 7, 3, 17
+GAP, CELL = 3, 17
+"""Cells between columns, and of a column that holds error, ratio and mark."""
+
+_LABEL = 7
 _MIN_CHART, _MAX_CHART = 8, 28
-_MARK_STYLES = {"pass": "green", "fail": "bold red", "error": "bold yellow"}
+MARK_STYLES = {"pass": "green", "fail": "bold red", "error": "bold yellow"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def write_layers(page: Page, comparison: Comparison) -> None:
     present = {tensor for row in rows for tensor in row.sites}
     main = [tensor for tensor in MAIN if tensor in present]
     others = sorted(present - set(main), key=_rank)
-    columns = max(1, (page.width - _LABEL) // (_GAP + _CELL))
+    columns = max(1, (page.width - _LABEL) // (GAP + CELL))
     tables = [*_chunks(main, columns), *_chunks(others, columns)]
     chart = _chart(page.width, rows, main or others, len(tables[0]))
     if chart is not None:
@@ -80,7 +83,7 @@ def _has_ratios(sites: Iterable[SiteResult]) -> bool:
 
 
 def _chart(width: int, rows: Sequence[Row], tensors: Sequence[str], columns: int) -> _Chart | None:
-    cells = min(_MAX_CHART, width - _LABEL - (columns + 1) * _GAP - columns * _CELL)
+    cells = min(_MAX_CHART, width - _LABEL - (columns + 1) * GAP - columns * CELL)
     tensor = "hidden" if "hidden" in tensors else tensors[0]
     charted = [row.sites[tensor] for row in rows if tensor in row.sites]
     scale = Scale.over(value for site in charted for value in (site.rel_l2, site.floor))
@@ -92,10 +95,10 @@ def _chart(width: int, rows: Sequence[Row], tensors: Sequence[str], columns: int
 def _write_table(
     page: Page, groups: Sequence[Group], tensors: Sequence[str], policy: Policy, chart: _Chart | None
 ) -> None:
-    gap = " " * _GAP
+    gap = " " * GAP
     header = Text("layer".rjust(_LABEL), "bold")
     for tensor in tensors:
-        header.append(gap + set_cell_size(page.plain(tensor).center(_CELL), _CELL), "bold")
+        header.append(gap + set_cell_size(page.plain(tensor).center(CELL), CELL), "bold")
     if chart is not None:
         low, high = chart.scale.ends
         header.append(gap + low + high.rjust(chart.cells - len(low)), "dim")
@@ -113,26 +116,26 @@ def _write_table(
 def _line(page: Page, row: Row, tensors: Sequence[str], policy: Policy, chart: _Chart | None) -> Text:
     line = Text(str(row.layer).rjust(_LABEL))
     for tensor in tensors:
-        line.append(" " * _GAP)
+        line.append(" " * GAP)
         site = row.sites.get(tensor)
         if site is None:
-            line.append("-".center(_CELL), "dim")
+            line.append("-".center(CELL), "dim")
             continue
-        error, ratio = _cell(site, policy)
+        error, ratio = cell(site, policy)
         line.append(f"{error:>7} {ratio:>7} ")
-        line.append(page.glyphs.marks[site.verdict], _MARK_STYLES[site.verdict])
+        line.append(page.glyphs.marks[site.verdict], MARK_STYLES[site.verdict])
     charted = row.sites.get(chart.tensor) if chart is not None else None
     if chart is not None and charted is not None:
         value = charted.rel_l2
         if charted.cand_nonfinite > charted.ref_nonfinite:
             value = float("nan")
-        line.append(" " * _GAP)
+        line.append(" " * GAP)
         drawn = bar(value, charted.floor, chart.scale, chart.cells, page.glyphs)
-        line.append(drawn, "cyan" if charted.verdict == "pass" else _MARK_STYLES[charted.verdict])
+        line.append(drawn, "cyan" if charted.verdict == "pass" else MARK_STYLES[charted.verdict])
     return line
 
 
-def _cell(site: SiteResult, policy: Policy) -> tuple[str, str]:
+def cell(site: SiteResult, policy: Policy) -> tuple[str, str]:
     """Error and ratio as the table shows them, at most seven characters each."""
     if site.cand_nonfinite > site.ref_nonfinite:
         return "NaN/Inf", ""

@@ -223,3 +223,32 @@ def test_progress_is_told(folder: Path) -> None:
         model, half, inputs_for("llama"), config=Config(), progress=lambda label, done, total: seen.add(label)
     )
     assert any("noise floor" in label for label in seen) and any("replaying" in label for label in seen)
+
+
+def test_several_candidates_make_a_chain(folder: Path) -> None:
+    status, out, _ = divergence(
+        folder, "compare", "--ref", "pytorch", "--cand", "pytorch", "--cand", "wrong", "--out", "report"
+    )
+    assert status == 1
+    assert out.startswith("FAIL  wrong fails, by step: pytorch: none; wrong: layers.1.value\n")
+    report = json.loads((folder / "report/report.json").read_text())
+    assert (report["kind"], report["names"]) == ("chain", ["pytorch", "wrong"])
+    assert report["steps"][1]["site"] == "layers.1.value"
+
+
+@pytest.mark.parametrize(
+    ("cands", "status"),
+    [
+        (["pytorch", "pytorch"], 0),
+        (["wrong", "pytorch"], 1),
+        (["pytorch", "absent.onnx"], 2),
+        (["absent.onnx", "wrong"], 2),
+    ],
+)
+def test_the_exit_status_of_a_chain(folder: Path, cands: list[str], status: int) -> None:
+    options = [option for cand in cands for option in ("--cand", cand)]
+    found, out, err = divergence(folder, "compare", "--ref", "pytorch", *options, "--out", "report")
+    assert (found, err) == (status, "")
+    assert out.startswith(("PASS", "FAIL", "ERROR")[status])
+    report = json.loads((folder / "report/report.json").read_text())
+    assert [c["verdict"] for c in report["comparisons"]].count("error") == cands.count("absent.onnx")

@@ -19,6 +19,15 @@ unseen.py     Inf that nothing in the graph saw
 facts.py      digest, precision, operators
 """
 
-from divergence.probes.onnx.probe import OnnxProbe
+from typing import Any
 
 __all__ = ["OnnxProbe"]
+
+
+def __getattr__(name: str) -> Any:
+    # onnxruntime is loaded for who runs models, not for who reads graphs.
+    if name == "OnnxProbe":
+        from divergence.probes.onnx.probe import OnnxProbe
+
+        return OnnxProbe
+    raise AttributeError(name)

@@ -71,9 +71,14 @@ def find_products(graph: Graph, nodes: tuple[int, ...]) -> Iterator[Product]:
                 yield found
 
 
-def _decomposed(graph: Graph, softmax: int) -> Product | None:
+def products_around(graph: Graph, softmax: int) -> tuple[int | None, int | None]:
+    """The product of query and key above the node `softmax`, and that with the value below it."""
     scores = _search(graph, softmax, lambda at: _sources(graph, at), _TO_SCORES)
-    weighted = _search(graph, softmax, lambda at: _readers(graph, at), _TO_VALUE)
+    return scores, _search(graph, softmax, lambda at: _readers(graph, at), _TO_VALUE)
+
+
+def _decomposed(graph: Graph, softmax: int) -> Product | None:
+    scores, weighted = products_around(graph, softmax)
     if scores is None or weighted is None:
         return None
     return Product(

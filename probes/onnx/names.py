@@ -44,7 +44,7 @@ def declared_sites(graph: Graph, layers: Sequence[Layer], stacks: Sequence[str])
     stack_of = {index: layer.stack for layer in layers for index in layer.nodes}
     found = []
     for name in graph.outputs:
-        if site := _as_site(name):
+        if site := site_named(name):
             found.append(Found(site, name, site.axes, f"output named {name}", "name"))
             continue
         declared = declared_tensor(name)
@@ -57,7 +57,7 @@ def declared_sites(graph: Graph, layers: Sequence[Layer], stacks: Sequence[str])
     return found
 
 
-def _as_site(name: str) -> Site | None:
+def site_named(name: str) -> Site | None:
     """The layer's site that `name` spells out, or None."""
     try:
         site = Site.parse(name)

@@ -117,6 +117,28 @@ class OnnxProbe:
             facts.operators(graph),
         )
 
+    def locate(
+        self, inputs: Mapping[str, torch.Tensor] | None = None, *, detail: bool = False
+    ) -> tuple[Graph, LightModel, tuple[Found, ...], tuple[str, ...]]:
+        """Where the sites of layers lie in the graph, for whoever runs the model elsewhere.
+
+        Args:
+            inputs: with them (and a reference), sites that only their values show are found too.
+            detail: also the sites of `divergence.sites.DETAIL_TENSORS`.
+
+        Returns:
+            The graph, the model, the sites in execution order, and remarks.
+
+        Raises:
+            SourceError: onnxruntime refuses the model.
+            InputError: `inputs` do not fit.
+        """
+        graph, site_map, notes = self._graph, self._map, list(self._map.notes)
+        if inputs is not None and self._reference is not None:
+            run, site_map, more = self._prepare(inputs, silent)
+            graph, notes = run.graph, [*site_map.notes, *more]
+        return graph, self._model, tuple(site_map.selected(detail=detail)), tuple(notes)
+
     def run(
         self,
         inputs: Mapping[str, torch.Tensor],

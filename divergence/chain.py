@@ -1,0 +1,234 @@
+"""The chain: several candidates, each made from the one before it, against one run of the reference.
+
+Original module, export wrapper, ONNX, engine: every source runs once and is captured once. Each
+candidate is compared with the reference, and, capture against capture, with the one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from divergence.blame import judge_step
+from divergence.chain_result import Chain, Difference, Step
+from divergence.config import Config, Tolerance, load_config
+from divergence.errors import ConfigurationError, DivergenceError
+from divergence.pipeline import Job, timed
+from divergence.precision import check_precision
+from divergence.prepared import Reference, prepare
+from divergence.probes import Progress, silent
+from divergence.result import Comparison, Policy, Verdict
+from divergence.setting import Inputs, Options, Setting, read_inputs
+from divergence.working import quiet_collector, working_folder
+
+if TYPE_CHECKING:
+    from divergence.probes.tensorrt.options import EngineOptions
+
+
+def compare_chain(
+    ref: object,
+    cands: Sequence[object],
+    inputs: Inputs | str | None = None,
+    *,
+    names: Sequence[str] = (),
+    precision: str | None = None,
+    tolerance: Tolerance | None = None,
+    exclude: Sequence[str] = (),
+    detail: bool = False,
+    replay: Literal["auto", "always", "never"] = "auto",
+    floor: object = None,
+    memory: int = 512 << 20,
+    engine: EngineOptions | None = None,
+    keep: Path | None = None,
+    config: Config | None = None,
+    command: str = "",
+    progress: Progress = silent,
+) -> Chain:
+    """Compares candidates with a reference and each with the one before it.
+
+    A candidate that cannot be run or compared loses none of the others: its comparison has the
+    verdict `error`, and the next candidate is held against the last one that could be compared.
+
+    Args:
+        ref: the reference: a source (see `divergence.sources.open_source`).
+        cands: the candidates: sources, in the order in which each was made from the one before.
+        names: a short label for each; by default from its source.
+        precision: what all candidates are meant to run in; by default what each shows itself.
+        inputs, tolerance, exclude, detail, replay, floor, memory, engine, keep, config, command, progress: as
+            for `divergence.compare`.
+
+    Raises:
+        DivergenceError: there is no candidate, or the reference cannot be run.
+    """
+    started = time.monotonic()
+    labels = _labels(cands, names)
+    config = load_config() if config is None else config
+    options = Options(
+        check_precision(precision) if precision else None, detail, replay, floor, memory, command, engine
+    )
+    tensors = read_inputs(inputs, config)
+    with working_folder(keep) as folder, quiet_collector():
+        setting = Setting(
+            config,
+            options,
+            tensors,
+            tolerance or config.tolerance,
+            (*config.exclude, *exclude),
+            folder,
+            progress,
+        )
+        with contextlib.closing(setting):
+            setting.get_ready(cands)
+            reference = prepare(ref, setting)
+            links = [
+                _compared(cand, label, Job(setting, reference, f"candidate-{i}"))
+                for i, (cand, label) in enumerate(zip(cands, labels, strict=True), 1)
+            ]
+        steps = _steps(reference, links, setting.tolerance)
+    verdict, reason = overall(links, steps)
+    return Chain(
+        verdict,
+        reason,
+        reference.capture.facts.source,
+        labels,
+        steps,
+        tuple(link.comparison for link in links),
+        {"seconds": round(time.monotonic() - started, 3)},
+        command,
+    )
+
+
+@dataclass(frozen=True)
+class Link:
+    """A candidate of a chain: `job` is None where it could not be compared."""
+
+    name: str
+    comparison: Comparison
+    job: Job | None
+
+
+def _compared(cand: object, label: str, job: Job) -> Link:
+    started = time.monotonic()
+    try:
+        return Link(label, timed(job.run(cand), started), job)
+    except DivergenceError as error:
+        tolerance = job.tolerance
+        failed = Comparison(
+            verdict="error",
+            reason=str(error),
+            first_divergence=None,
+            reference=job.reference.facts.source,
+            candidate=str(cand) if isinstance(cand, str | Path) else label,
+            policy=Policy(tolerance.policy, tolerance.ratio, sites=tolerance.sites),
+            sites=(),
+            command=job.options.command,
+        )
+        return Link(label, failed, None)
+
+
+def _steps(reference: Reference, links: Sequence[Link], tolerance: Tolerance) -> tuple[Step, ...]:
+    steps = []
+    before: Link | None = None
+    skipped: list[str] = []
+    for link in links:
+        from_ = before.name if before is not None else reference.capture.facts.source
+        if link.job is None:
+            sentence = f"could not be compared: {link.comparison.reason}"
+            steps.append(Step(from_, link.name, "error", sentence))
+            skipped.append(link.name)
+            continue
+        step = judge_step(
+            from_,
+            link.name,
+            before.comparison if before is not None else None,
+            link.comparison,
+            _differences(before.job if before is not None else None, link.job),
+            tolerance,
+        )
+        steps.append(_spanning(step, skipped))
+        before, skipped = link, []
+    return tuple(steps)
+
+
+def _differences(before: Job | None, after: Job) -> list[Difference]:
+    """The candidate against the one before it, at every site that both have."""
+    found = []
+    for site in after.pairs:
+        if before is not None and site not in before.pairs:
+            continue
+        metrics = after.difference(before, site)
+        floor = after.floors.get(site)
+        found.append(
+            Difference(
+                site=str(site),
+                rel_l2=metrics.rel_l2,
+                row_rel_l2=metrics.row_rel_l2,
+                max_abs=metrics.max_abs,
+                ratio=floor.ratio(metrics) if floor is not None else None,
+                bit_equal=metrics.bit_equal,
+            )
+        )
+    return found
+
+
+def _spanning(step: Step, skipped: Sequence[str]) -> Step:
+    """`step`, saying so where candidates between its ends could not be compared."""
+    if not skipped:
+        return step
+    names = ", ".join(skipped)
+    return replace(step, sentence=f"{step.sentence}; between the two, {names} could not be compared")
+
+
+def overall(links: Sequence[Link], steps: Sequence[Step]) -> tuple[Verdict, str]:
+    """Verdict and reason of the whole chain."""
+    summary = "; ".join(f"{step.to}: {_in_a_word(step)}" for step in steps)
+    verdicts = {link.comparison.verdict for link in links}
+    if "error" in verdicts:
+        name, comparison = next((k.name, k.comparison) for k in links if k.comparison.verdict == "error")
+        others = f" ({summary})" if len(links) > 1 else ""
+        return "error", f"{name} could not be compared: {comparison.reason}{others}"
+    if "fail" in verdicts:
+        failing = [link.name for link in links if link.comparison.verdict == "fail"]
+        return "fail", f"{', '.join(failing)} {'fails' if len(failing) == 1 else 'fail'}, by step: {summary}"
+    if all(step.bit_equal for step in steps):
+        return "pass", f"all {len(links)} candidates are equal to the reference to the bit"
+    return "pass", f"all {len(links)} candidates are within their limits"
+
+
+def _in_a_word(step: Step) -> str:
+    if step.verdict == "error":
+        return "not known"
+    return step.site or "none"
+
+
+def _labels(cands: Sequence[object], names: Sequence[str]) -> tuple[str, ...]:
+    """A label for each candidate, none of them twice."""
+    if isinstance(cands, str | Path) or not isinstance(cands, Sequence):
+        raise ConfigurationError("a chain takes a list of candidates; give one with [...] or use compare")
+    if not cands:
+        raise ConfigurationError("a chain needs at least one candidate; give it in the order of its steps")
+    if names and (len(names) != len(cands) or len(set(names)) != len(names)):
+        raise ConfigurationError(
+            f"{len(names)} names for {len(cands)} candidates: give each a name, and none twice"
+        )
+    labels: list[str] = list(names)
+    for cand in cands[len(labels) :]:
+        label, number = short(cand), 2
+        while label in labels:
+            label, number = f"{short(cand)}#{number}", number + 1
+        labels.append(label)
+    return tuple(labels)
+
+
+def short(source: object) -> str:
+    """A label for a source: its name in the configuration, its file's name, its function's, its class's."""
+    if not isinstance(source, str | Path):
+        return str(getattr(source, "source", "") or type(source).__name__)
+    text = str(source)
+    if text.startswith("pytorch:"):
+        return text.rpartition(":")[2]
+    return Path(text).name or text

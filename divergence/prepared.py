@@ -1,0 +1,78 @@
+"""The reference after its one run: what every candidate that is compared with it shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from divergence.setting import Setting
+from divergence.sources import open_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from divergence.captures import Capture
+    from divergence.noise import Floor
+    from divergence.probes import Probe
+    from divergence.probes.pytorch import PyTorchProbe
+    from divergence.sites import Site
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference that was run and captured.
+
+    Attributes:
+        capture: of its run.
+        pytorch: its probe after a run with `record=True`, or None where it is no PyTorch module.
+        floors: noise floors by precision with how they were taken, filled in when first asked for.
+    """
+
+    capture: Capture
+    pytorch: PyTorchProbe | None
+    floors: dict[str, tuple[Mapping[Site, Floor], str]] = field(default_factory=dict)
+
+
+def prepare(ref: object, setting: Setting) -> Reference:
+    """Runs the reference once and captures it.
+
+    Raises:
+        DivergenceError: it cannot be run.
+    """
+    probe = open_source(ref, setting.config)
+    pytorch = as_pytorch(probe)
+    capture = setting.record(probe, "reference", **({"record": True} if pytorch else {}))
+    return Reference(capture, pytorch)
+
+
+def as_pytorch(probe: Probe) -> PyTorchProbe | None:
+    """The PyTorch probe that `probe` is or wraps, or None."""
+    from divergence.probes.pytorch import PyTorchProbe
+
+    inner = getattr(probe, "probe", probe)
+    return inner if isinstance(inner, PyTorchProbe) else None
+
+
+def valid_tokens(capture: Capture, site: Site, tensor: Tensor) -> Tensor | None:
+    """The mask `[batch, token]` of valid tokens for `tensor` at `site`, or None where all count.
+
+    A mask that covers cached tokens too ends with the tensor's own; one of another length belongs to
+    something else and does not apply.
+    """
+    entry = capture.entries.get(site)
+    if entry is None or "token" not in entry.axes:
+        # Model outputs: [batch, token, channel] by convention, if the mask fits.
+        axis = 1 if site.layer is None and tensor.dim() == 3 else None
+    else:
+        axis = entry.axes.index("token")
+    if axis is None:
+        return None
+    stack = site.stack
+    if site.tensor.startswith("cross_"):
+        stack = next((name for name in capture.masks if "encoder" in name), "")
+    mask = capture.mask(stack)
+    tokens = tensor.shape[axis]
+    if mask is None or mask.shape[0] != tensor.shape[0] or mask.shape[1] < tokens:
+        return None
+    return mask[:, mask.shape[1] - tokens :]

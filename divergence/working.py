@@ -1,0 +1,33 @@
+"""What a comparison works in: a folder for its captures, and memory that is not walked again and again."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def working_folder(keep: Path | None) -> Iterator[Path]:
+    """The folder `keep`, or without one a temporary folder that is deleted afterwards."""
+    if keep is not None:
+        yield keep
+        return
+    with tempfile.TemporaryDirectory(prefix="divergence-") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Keeps the garbage collector from walking what was there before: with a large model and its
+    libraries loaded, a full collection takes half a second and finds nothing."""
+    if gc.get_freeze_count():  # someone else's choice, which unfreezing would undo
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

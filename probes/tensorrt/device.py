@@ -1,0 +1,31 @@
+"""Whether there is a CUDA device, asked of the driver alone.
+
+TensorRT's builder aborts the process where there is none, so this comes before any import of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+
+_ELSEWHERE = (
+    "run this where there is one: record the engine there (divergence capture engine.plan --out "
+    "run.capture) and compare the capture here"
+)
+
+
+def missing_device() -> str:
+    """Why TensorRT cannot run here, as a message, or ""."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return f"TensorRT needs a CUDA device, and this machine has no CUDA driver; {_ELSEWHERE}"
+    status = driver.cuInit(0)
+    if status != 0:
+        return f"TensorRT needs a CUDA device, and the driver reports error {status}; {_ELSEWHERE}"
+    count = ctypes.c_int()
+    if driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return f"TensorRT needs a CUDA device, and the driver finds none; {_ELSEWHERE}"
+    if importlib.util.find_spec("tensorrt") is None:
+        return "TensorRT is not installed; pip install 'divergence-debugger[tensorrt]'"
+    return ""

@@ -1,0 +1,370 @@
+"""Jobs of the worker on a finished engine: run it, read it."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tensorrt as trt
+import torch
+from safetensors.torch import load_file, save_file
+
+from divergence.errors import InputError, SourceError, nearest
+from divergence.precision import dtype_name
+from divergence.probes import Progress
+from divergence.probes.tensorrt.hazards import (
+    NAN_BYTE,
+    OTHER_BYTE,
+    cycle,
+    differences,
+    find_hazards,
+    unwritten,
+)
+from divergence.probes.tensorrt.hosts import DTYPES, DebugTensors, Host, PycudaHost, Slot, TorchHost
+
+_TIMED_S = 0.5
+_TIMED_RUNS = (3, 30)
+
+
+class Logger(trt.ILogger):  # type: ignore[misc]  # ships no types
+    """Keeps TensorRT's warnings and errors, and writes them to standard error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.warnings: list[str] = []
+        self.errors: list[str] = []
+
+    def log(self, severity: Any, msg: str) -> None:
+        """Called by TensorRT."""
+        if severity in (self.ERROR, self.INTERNAL_ERROR):
+            self.errors.append(msg)
+        elif severity == self.WARNING:
+            self.warnings.append(msg)
+        else:
+            return
+        print(msg, file=sys.stderr, flush=True)
+
+
+def here() -> dict[str, str]:
+    """What an engine is bound to, of this machine."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "tensorrt": trt.__version__,
+        "gpu": properties.name,
+        "compute": f"{properties.major}.{properties.minor}",
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cuda": torch.version.cuda or "",
+    }
+
+
+def load_plugins(logger: Logger, plugins: list[str]) -> None:
+    """Registers TensorRT's own plugins and those of the libraries `plugins`.
+
+    Raises:
+        SourceError: a library cannot be loaded.
+    """
+    for library in plugins:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise SourceError(f"{library}: the plugin library cannot be loaded ({error})") from error
+    try:
+        trt.init_libnvinfer_plugins(logger, "")
+    except (AttributeError, RuntimeError) as error:
+        print(f"TensorRT's own plugins are not available ({error})", file=sys.stderr)
+
+
+def deserialize(logger: Logger, request: Mapping[str, Any]) -> trt.ICudaEngine:
+    """Loads the plan `request["plan"]`.
+
+    Raises:
+        SourceError: it does not load here; the message names both sides.
+    """
+    path = Path(request["plan"])
+    runtime = trt.Runtime(logger)
+    runtime.engine_host_code_allowed = True  # engines built version-compatible carry code
+    with path.open("rb") as file:
+        engine = runtime.deserialize_cuda_engine(file.read())
+    if engine is None:
+        ours, theirs = here(), dict(request.get("built") or {})
+        written = theirs.get("tensorrt") or request.get("version") or "unknown"
+        target = " ".join(theirs[k] for k in ("gpu", "platform") if k in theirs)
+        said = " ".join((logger.errors or ["no reason given"])[0].split())[:300]
+        raise SourceError(
+            f"{path}: cannot be loaded: it was built by TensorRT {written}{f' for {target}' if target else ''}, "
+            f"and this is TensorRT {ours['tensorrt']} on {ours['gpu']} {ours['platform']} ({said}); "
+            "rebuild it here, or check that the file is whole"
+        )
+    return engine
+
+
+_loaded: dict[str, tuple[Logger, trt.ICudaEngine, float]] = {}
+"""Engines that `load` has got ready, by plan."""
+
+
+def load(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Loads an engine into the primary context and keeps it for the next `run` or `describe` of it."""
+    del progress
+    logger = Logger()
+    load_plugins(logger, request.get("plugins", []))
+    torch.cuda.init()
+    started = time.monotonic()
+    engine = deserialize(logger, request)
+    _loaded[request["plan"]] = (logger, engine, time.monotonic() - started)
+    return {}
+
+
+def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Runs an engine and writes its outputs.
+
+    Args:
+        request: `plan`, `inputs` (safetensors file), `outputs` (file to write), `host` (`torch`,
+            `pycuda`, `FILE.py:CLASS`), `context` (`primary`, `own`), `plugins`, `profile`, `runs`,
+            `hazards` (whether to look for them), `built` and `version` (who built the plan).
+        progress: told about steps.
+
+    Returns:
+        Facts: `machine`, `io`, `notes`, `latency_ms`, `runs`, `varying` and `unwritten` (element
+        counts by output), `hazards` (or None), `inspector` (text), `warnings`, `debug` (names).
+    """
+    progress("loading the engine", 0, 0)
+    started = time.monotonic()
+    ready = _loaded.pop(request["plan"], None)
+    if ready is not None:
+        logger, engine, loaded = ready
+        host = _host(request)(lambda: engine)
+    else:
+        logger = Logger()
+        load_plugins(logger, request.get("plugins", []))
+        host = _host(request)(lambda: deserialize(logger, request))
+        loaded = time.monotonic() - started
+    try:
+        inputs, notes = _bind(host, load_file(request["inputs"]), request)
+        listener = _listen(host)
+        progress("running the engine", 0, 0)
+        first = cycle(host, NAN_BYTE)
+        debug = dict(listener.tensors) if listener else {}
+        varying: dict[str, int] = {}
+        second: dict[str, torch.Tensor] = {}
+        for index in range(1, max(2, request.get("runs", 2))):
+            second = cycle(host, OTHER_BYTE if index == 1 else NAN_BYTE)
+            if index == 1:
+                never = unwritten(first, second)
+            for name, count in differences(first, second).items():
+                if name not in never:
+                    varying[name] = max(count, varying.get(name, 0))
+        if listener:
+            host.context.set_all_tensors_debug_state(flag=False)
+        latency = _latency(host)
+        hazards = [h.to_json() for h in find_hazards(host)] if request.get("hazards") else None
+        save_file({**debug, **first}, request["outputs"])
+        text = _inspect(host.engine)
+        io = [
+            {"name": s.name, "input": s.is_input, "dtype": dtype_name(s.dtype), "shape": list(s.shape)}
+            for s in host.slots
+        ]
+        del inputs
+    finally:
+        host.close()
+    return {
+        "machine": here(),
+        "host": host.name,
+        "io": io,
+        "notes": notes,
+        "load_s": round(loaded, 3),
+        "latency_ms": latency,
+        "runs": max(2, request.get("runs", 2)),
+        "varying": varying,
+        "unwritten": never,
+        "hazards": hazards,
+        "inspector": text,
+        "warnings": logger.warnings,
+        "debug": sorted(debug),
+    }
+
+
+def describe(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Reads an engine without running it: `machine`, `io`, `inspector`, `warnings`."""
+    progress("loading the engine", 0, 0)
+    if request["plan"] not in _loaded:
+        load(request, progress)
+    logger, engine, _ = _loaded.pop(request["plan"])
+    io = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        dtype = DTYPES.get(engine.get_tensor_dtype(name))
+        io.append(
+            {
+                "name": name,
+                "input": engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+                "dtype": dtype_name(dtype) if dtype else str(engine.get_tensor_dtype(name)),
+                "shape": list(engine.get_tensor_shape(name)),
+            }
+        )
+    return {"machine": here(), "io": io, "inspector": _inspect(engine), "warnings": logger.warnings}
+
+
+def _inspect(engine: trt.ICudaEngine) -> str:
+    text: str = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return text
+
+
+def _host(request: Mapping[str, Any]) -> Callable[[Callable[[], trt.ICudaEngine]], Host]:
+    name = request.get("host", "torch")
+    if name == "torch":
+        return TorchHost
+    if name == "pycuda":
+        own = request.get("context") == "own"
+        return lambda load: PycudaHost(load, own_context=own)
+    file, _, attribute = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise SourceError(f"--host {name}: is neither torch, pycuda nor an existing FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location("divergence_host", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kind = getattr(module, attribute, None)
+    if not (isinstance(kind, type) and issubclass(kind, Host)):
+        raise SourceError(
+            f"--host {name}: {attribute} is no class derived from Host; derive it from TorchHost"
+        )
+    return kind
+
+
+def _listen(host: Host) -> DebugTensors | None:
+    engine = host.engine
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    del names
+    listener = DebugTensors()
+    if not host.context.set_debug_listener(listener):
+        return None
+    return listener if host.context.set_all_tensors_debug_state(flag=True) else None
+
+
+def _latency(host: Host) -> float:
+    """Median milliseconds of the engine alone, enqueued to finished, after the runs before."""
+    taken: list[float] = []
+    started = time.monotonic()
+    while len(taken) < _TIMED_RUNS[0] or (
+        len(taken) < _TIMED_RUNS[1] and time.monotonic() - started < _TIMED_S
+    ):
+        host.upload()
+        host.synchronize()
+        before = time.perf_counter()
+        host.execute()
+        host.synchronize()
+        taken.append((time.perf_counter() - before) * 1e3)
+    return round(sorted(taken)[len(taken) // 2], 4)
+
+
+def _bind(
+    host: Host, given: Mapping[str, torch.Tensor], request: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Checks the inputs against the engine, and makes the buffers."""
+    engine, context = host.engine, host.context
+    path = request["plan"]
+    profile = request.get("profile", 0)
+    if not 0 <= profile < max(1, engine.num_optimization_profiles):
+        raise InputError(
+            f"{path}: has {engine.num_optimization_profiles} optimization profiles, numbered from 0; "
+            f"there is no profile {profile}"
+        )
+    if profile:
+        stream = torch.cuda.current_stream()
+        context.set_optimization_profile_async(profile, stream.cuda_stream)
+        stream.synchronize()
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    wanted = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
+    missing = [n for n in wanted if n not in given]
+    unused = [n for n in given if n not in wanted]
+    if missing:
+        raise InputError(
+            f"{path}: the engine's inputs {', '.join(missing)} are missing; it takes {', '.join(wanted)}, "
+            f"given are {', '.join(given) or 'none'}{nearest(missing[0], unused)}"
+        )
+    notes = [f"Input {name} was left out: the engine does not take it." for name in unused]
+    inputs = {}
+    for name in wanted:
+        tensor = _fitting(path, name, given[name], _dtype(engine, name))
+        if tensor.dtype != given[name].dtype:
+            notes.append(
+                f"Input {name} was converted from {dtype_name(given[name].dtype)} to "
+                f"{dtype_name(tensor.dtype)}, as the engine declares it."
+            )
+        _set_shape(engine, context, path, name, tensor, profile)
+        inputs[name] = tensor
+    slots = tuple(_slot(engine, context, path, name) for name in names)
+    host.bind(slots, inputs)
+    return inputs, notes
+
+
+def _dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:
+    found = DTYPES.get(engine.get_tensor_dtype(name))
+    if found is None:
+        raise SourceError(
+            f"tensor '{name}' is {engine.get_tensor_dtype(name)}, which cannot be exchanged here"
+        )
+    return found
+
+
+def _fitting(path: str, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in the type that the engine takes."""
+    if tensor.dtype == dtype:
+        return tensor
+    floats = tensor.is_floating_point(), dtype.is_floating_point
+    if floats[0] != floats[1] or torch.bool in (tensor.dtype, dtype):
+        raise InputError(
+            f"{path}: input '{name}' is {dtype_name(tensor.dtype)}, the engine takes {dtype_name(dtype)}; "
+            f"give it as {dtype_name(dtype)}"
+        )
+    if floats[0] and dtype is torch.float16:
+        limit = torch.finfo(dtype).max  # a mask of -3e38 stays a large finite number
+        tensor = torch.where(tensor.isfinite(), tensor.clamp(-limit, limit), tensor)
+    converted = tensor.to(dtype)
+    if not floats[0] and not torch.equal(converted.to(tensor.dtype), tensor):
+        raise InputError(f"{path}: input '{name}' holds numbers that {dtype_name(dtype)} cannot hold")
+    return converted
+
+
+def _set_shape(
+    engine: trt.ICudaEngine,
+    context: trt.IExecutionContext,
+    path: str,
+    name: str,
+    tensor: torch.Tensor,
+    profile: int,
+) -> None:
+    declared, shape = tuple(engine.get_tensor_shape(name)), tuple(tensor.shape)
+    told = f"{path}: input '{name}' has shape {list(shape)}, the engine takes {list(declared)}"
+    if len(declared) != len(shape):
+        raise InputError(f"{told}; give a tensor of {len(declared)} axes")
+    if -1 in declared:
+        low, _, high = (tuple(s) for s in engine.get_tensor_profile_shape(name, profile))
+        fits = all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+        told += f" from {list(low)} to {list(high)} in profile {profile}"
+    else:
+        fits = declared == shape
+    if not fits or not context.set_input_shape(name, shape):
+        raise InputError(f"{told}; give inputs of that shape, or build the engine for this one")
+
+
+def _slot(engine: trt.ICudaEngine, context: trt.IExecutionContext, path: str, name: str) -> Slot:
+    shape = tuple(context.get_tensor_shape(name))
+    if -1 in shape:
+        raise SourceError(
+            f"{path}: the shape {list(shape)} of tensor '{name}' depends on what the inputs hold, which is "
+            "not supported; compare a model without such outputs"
+        )
+    return Slot(
+        name,
+        is_input=engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+        dtype=_dtype(engine, name),
+        shape=shape,
+        on_host=engine.get_tensor_location(name) == trt.TensorLocation.HOST,
+    )

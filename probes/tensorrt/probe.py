@@ -1,0 +1,356 @@
+"""The probe of TensorRT engines."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from divergence.comparison import compare_tensors
+from divergence.errors import SourceError
+from divergence.precision import UNIT_ROUNDOFF
+from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
+from divergence.probes.onnx.found import Found
+from divergence.probes.onnx.nodes import nodes_from_json
+from divergence.probes.tensorrt.contract import Contract, make_contract
+from divergence.probes.tensorrt.inspector import parse_inspector
+from divergence.probes.tensorrt.options import EngineOptions
+from divergence.probes.tensorrt.outputs import name_as_reference, sites_of
+from divergence.probes.tensorrt.plan import PlanHeader, digest_of, read_header
+from divergence.probes.tensorrt.process import Worker
+from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar, plain_of, verify
+from divergence.sites import DETAIL_TENSORS
+
+if TYPE_CHECKING:
+    import torch
+
+    from divergence.captures import Capture
+
+LOAD = "divergence.probes.tensorrt.engine:load"
+RUN = "divergence.probes.tensorrt.engine:run"
+DESCRIBE = "divergence.probes.tensorrt.engine:describe"
+BOTH = ("torch", "pycuda")
+
+# The inspector's words for types.
+_WORDS = {"Float": "fp32", "TF32": "tf32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
+
+
+class Runner(Protocol):
+    """What runs jobs; `Worker` is one."""
+
+    def call(
+        self, job: str, request: Mapping[str, Any], *, about: str, progress: Progress = silent
+    ) -> dict[str, Any]:
+        """See `Worker.call`."""
+
+
+class TensorRTProbe:
+    """Runs an engine in a worker process and hands over the tensors at its sites.
+
+    Args:
+        path: the plan. A sidecar beside it (`divergence build`) says which tensors are sites.
+        options: how to run it.
+        reference: capture of the reference, which names the stack that output names leave open; may be
+            set later.
+        sites: name of a tensor of the engine by site.
+        runner: what runs jobs instead of a worker of its own, for tests.
+
+    Raises:
+        SourceError: the file is missing, no plan, or not the one that its sidecar describes.
+    """
+
+    kind = "tensorrt"
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        options: EngineOptions | None = None,
+        reference: Capture | None = None,
+        sites: Mapping[str, str] | None = None,
+        runner: Runner | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.options = options or EngineOptions()
+        self.header: PlanHeader = read_header(self.path)
+        self.sidecar: Sidecar | None = load_sidecar(self.path)
+        self.reference = reference
+        self._overrides = sites or {}
+        self._given = runner
+        self._worker: Worker | None = None
+        self._verified: Future[None] | None = None
+
+    def start(self, host: str | None = None) -> None:
+        """Gets ready while other work is done: the worker loads the engine, the plan is verified.
+
+        Args:
+            host: what will run it; by default the first of the options'.
+        """
+        if self._given is None and self._worker is None:
+            self._worker = Worker()
+            if (host or self.options.host) in ("torch", "both"):
+                self._worker.post(LOAD, self._request(), about=str(self.path))
+        if self.sidecar is not None and self._verified is None:
+            pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
+            self._verified = pool.submit(verify, self.path, self.sidecar)
+            pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Ends the worker."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:  # noqa: ARG002 - an engine says it without a run
+        """The sites of the engine, and its contract.
+
+        Raises:
+            SourceError: the engine cannot be loaded here.
+        """
+        facts = self._call(DESCRIBE, {})
+        self.close()
+        tensors = {io["name"]: io for io in facts["io"]}
+        outputs = [name for name, io in tensors.items() if not io["input"]]
+        debug = [o.name for o in self.sidecar.outputs] if self._looks_at_debug else []
+        found = self._sites([*outputs, *(n for n in debug if n not in outputs)])
+        contract = self._contract(facts["inspector"])
+        return Description(
+            str(self.path),
+            self.kind,
+            self._precision(contract),
+            tuple(SiteInfo(f.site, f.how, *_typed(tensors.get(f.value))) for f in found),
+            {name: f"{io['dtype']}{io['shape']}" for name, io in tensors.items() if io["input"]},
+            tuple(self._notes(facts)),
+            contract=contract.to_json() if contract else {},
+        )
+
+    def run(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        sink: Sink,
+        *,
+        detail: bool = False,
+        progress: Progress = silent,
+    ) -> RunFacts:
+        """Runs the engine at least twice and hands over the first run's tensors.
+
+        Args:
+            inputs: tensors by input name; those that the engine does not take are left out.
+            sink: called once per site.
+            detail: also the sites of `divergence.sites.DETAIL_TENSORS`.
+            progress: told about steps.
+
+        Raises:
+            SourceError: the engine cannot be loaded or run here.
+            InputError: `inputs` do not fit.
+        """
+        from safetensors.torch import save_file
+
+        with tempfile.TemporaryDirectory(prefix="divergence-engine-") as name:
+            folder = Path(name)
+            save_file({k: t.detach().cpu().contiguous() for k, t in inputs.items()}, folder / "inputs")
+            hosts = BOTH if self.options.host == "both" else (self.options.host,)
+            runs = {h: self._run(folder, h, self.path, progress) for h in hosts}
+            facts, tensors = runs[hosts[0]]
+            found = self._sites(list(tensors))
+            if self.reference is not None:
+                found = name_as_reference(found, tensors, self.reference)
+            wanted = [f for f in found if detail or f.site.tensor not in DETAIL_TENSORS]
+            for item in wanted:
+                own = item.tensor(tensors[item.value])
+                sink(Observation(item.site, own, item.axes_of(own), item.how))
+            hazard = _hazard(runs)
+            observer = self._observe(folder, hosts[0], tensors, progress)
+            self.close()
+        contract = self._contract(facts["inspector"])
+        stacks = tuple(dict.fromkeys(f.site.stack for f in found if f.site.layer is not None))
+        notes = [*self._notes(facts), *_remarks(hazard, observer), *self._advice(found)]
+        return RunFacts(
+            kind=self.kind,
+            source=str(self.path),
+            model_digest=self.sidecar.plan_digest if self.sidecar else digest_of(self.path),
+            precision=self._precision(contract),
+            stacks=stacks or ("",),
+            versions={"tensorrt": facts["machine"]["tensorrt"]},
+            notes=tuple(notes),
+            outputs=tuple(f.site.tensor for f in wanted if f.site.layer is None),
+            details={
+                **{k: facts[k] for k in ("machine", "host", "runs", "load_s", "latency_ms")},
+                "varying": facts["varying"],
+                "unwritten": facts["unwritten"],
+                "stream_hazard": hazard,
+                "observer": observer,
+                "contract": contract.to_json() if contract else {},
+            },
+        )
+
+    def _call(self, job: str, request: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
+        self.start(request.get("host"))
+        if self._verified is not None:
+            self._verified.result()
+        runner = self._given or self._worker
+        assert runner is not None
+        try:
+            return runner.call(job, {**self._request(), **request}, about=str(self.path), progress=progress)
+        except SourceError:
+            self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
+            raise
+
+    def _request(self) -> dict[str, Any]:
+        return {
+            "plan": str(self.path),
+            "version": ".".join(map(str, self.header.version)),
+            "built": dict(self.sidecar.built) if self.sidecar else {},
+            "plugins": list(self.options.plugins),
+        }
+
+    def _run(
+        self, folder: Path, host: str, plan: Path, progress: Progress
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        from safetensors.torch import load_file
+
+        outputs = folder / f"{plan.stem}-{host.rpartition(':')[2]}"
+        request = {
+            "plan": str(plan),
+            "inputs": str(folder / "inputs"),
+            "outputs": str(outputs),
+            "host": host,
+            "context": self.options.context,
+            "profile": self.options.profile,
+            "runs": self.options.runs,
+            "hazards": self.options.hazards or self.options.host != "torch",
+        }
+        if host == "pycuda" and self.options.host == "both":
+            self.close()  # a process of its own, so that neither host lives on the other's context
+        facts = self._call(RUN, request, progress)
+        return facts, load_file(outputs)
+
+    @property
+    def expected_precision(self) -> str | None:
+        """What it was built in, where its sidecar says so: known before it has run."""
+        return self.sidecar.precision if self.sidecar else None
+
+    @property
+    def _looks_at_debug(self) -> bool:
+        return self.sidecar is not None and self.sidecar.look == "debug"
+
+    def _sites(self, tensors: list[str]) -> list[Found]:
+        stacks = self.reference.facts.stacks if self.reference else ()
+        return sites_of(tensors, self.sidecar, self._overrides, str(self.path), stacks)
+
+    def _contract(self, text: str) -> Contract | None:
+        try:
+            layers = parse_inspector(text, str(self.path))
+        except SourceError:
+            return None
+        nodes = nodes_from_json(list(self.sidecar.nodes)) if self.sidecar else ()
+        requested = str(self.sidecar.options.get("precision", "")) if self.sidecar else ""
+        return make_contract(layers, nodes, requested=requested)
+
+    def _precision(self, contract: Contract | None) -> str | None:
+        if self.sidecar is not None:
+            return self.sidecar.precision
+        return _products_run_in(contract) if contract else None
+
+    def _notes(self, facts: Mapping[str, Any]) -> list[str]:
+        notes = list(facts.get("notes", ()))
+        if self.sidecar is not None:
+            notes.extend(w for w in self.sidecar.warnings if w.startswith("Value "))
+        for name, count in facts.get("unwritten", {}).items():
+            notes.append(
+                f"The engine never wrote {count} elements of its tensor {name}: they still hold the poison."
+            )
+        for name, count in facts.get("varying", {}).items():
+            notes.append(f"{count} elements of {name} changed from run to run: the engine is not repeatable.")
+        return notes
+
+    def _advice(self, found: list[Found]) -> list[str]:
+        layered = {f.site.tensor for f in found if f.site.layer is not None}
+        build = (
+            "build it with `divergence build model.onnx --out engine.plan`, which makes every site visible"
+        )
+        if not found or (not layered and not any("key" in f.value.lower() for f in found)):
+            return [
+                f"The engine gives its final outputs only: they say that it is wrong, not where; {build}."
+            ]
+        if "hidden" not in layered:
+            return [
+                f"The engine gives no hidden states, so errors cannot be told from what layers inherit; {build}."
+            ]
+        return []
+
+    def _observe(
+        self, folder: Path, host: str, seen: Mapping[str, torch.Tensor], progress: Progress
+    ) -> dict[str, Any] | None:
+        """The final outputs of the engine without added outputs against those of this one."""
+        plain = plain_of(self.path, self.sidecar) if self.sidecar else None
+        if self.sidecar is None or plain is None:
+            return None
+        facts, tensors = self._run(folder, host, plain, progress)
+        outputs = {}
+        for name in self.sidecar.own_outputs:
+            if name in tensors and name in seen:
+                metrics = compare_tensors(tensors[name], seen[name])
+                outputs[name] = {
+                    "bit_equal": metrics.bit_equal,
+                    "max_abs": metrics.max_abs,
+                    "rel_l2": metrics.rel_l2,
+                }
+        return {
+            "changed": not all(o["bit_equal"] for o in outputs.values()),
+            "outputs": outputs,
+            "latency_ms": facts["latency_ms"],
+        }
+
+
+def _products_run_in(contract: Contract) -> str | None:
+    """The coarsest precision in which products with weights ran, or None if none says it."""
+    words = {word for row in contract.rows if row.role in ("projection", "mlp") for word in row.precisions}
+    found = [_WORDS[word] for word in words if word in _WORDS]
+    return max(found, key=UNIT_ROUNDOFF.__getitem__, default=None)
+
+
+def _typed(io: Mapping[str, Any] | None) -> tuple[str, tuple[int | str, ...]]:
+    return (io["dtype"], tuple("?" if n == -1 else n for n in io["shape"])) if io else ("", ())
+
+
+def _hazard(runs: Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]) -> dict[str, Any]:
+    """The stream-hazard verdict over all hosts that ran."""
+    evidence = []
+    looked = False
+    for host, (facts, _) in runs.items():
+        looked = looked or facts["hazards"] is not None
+        for hazard in facts["hazards"] or ():
+            outputs = ", ".join(f"{n} ({c} elements)" for n, c in hazard["outputs"].items())
+            evidence.append(f"host {host}: {hazard['claim']}: {outputs}")
+        if facts["varying"] and not any(h["trial"] == "repeated" for h in facts["hazards"] or ()):
+            evidence.append(f"host {host}: results change from run to run: {', '.join(facts['varying'])}")
+    if len(runs) > 1:
+        (first, (_, a)), (second, (_, b)) = runs.items()
+        for name, tensor in a.items():
+            metrics = compare_tensors(tensor, b[name])
+            if not metrics.bit_equal:
+                evidence.append(f"hosts {first} and {second} differ in {name} by up to {metrics.max_abs}")
+    return {"looked": looked, "hazard": bool(evidence), "evidence": evidence, "hosts": list(runs)}
+
+
+def _remarks(hazard: Mapping[str, Any], observer: Mapping[str, Any] | None) -> list[str]:
+    remarks = []
+    if hazard["hazard"]:
+        remarks.append(f"Stream hazard: {'; '.join(hazard['evidence'])}.")
+    elif len(hazard["hosts"]) > 1:
+        remarks.append(
+            f"Hosts {' and '.join(hazard['hosts'])} agree to the bit, and no stream hazard was found."
+        )
+    if observer is not None and observer["changed"]:
+        worst = max((o["rel_l2"] or 0.0) for o in observer["outputs"].values())
+        remarks.append(
+            "Looking changed the engine: its final outputs differ from those of the engine without added outputs "
+            f"by a relative error of {worst:.2g}."
+        )
+    elif observer is not None:
+        remarks.append("Looking changed nothing: the final outputs equal the plain engine's to the bit.")
+    return remarks
