@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from divergence.chain_result import Chain, Step, load_any
 from divergence.cli import main
 from divergence.reports import write_all
 from divergence.result import Comparison, load_report
@@ -87,3 +88,32 @@ def test_diff_gates(tmp_path: Path) -> None:
     assert run("diff", good, saved(cases.error(), tmp_path / "error")).exit_code == 2
     assert run("diff", good, good, "--factor", 1).exit_code == 2
     assert run("diff", good, tmp_path / "none").exit_code == 2
+
+
+def chain() -> Chain:
+    first, second = cases.passes(2), cases.fails(2)
+    steps = (
+        Step("pytorch", "onnx", "pass", "changes nothing"),
+        Step("onnx", "../engine", "fail", "breaks the key"),
+    )
+    return Chain("fail", "the engine", "pytorch", ("onnx", "../engine"), steps, (first, second), command="x")
+
+
+def test_of_a_chain_every_candidate_has_its_reports(tmp_path: Path) -> None:
+    """In a folder of its own, whatever it is called."""
+    pages = write_all(chain(), tmp_path / "out")
+    assert pages == [tmp_path / "out" / name / "report.html" for name in ("1-onnx", "2-.._engine")]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1-onnx", "2-.._engine", "report.json"]
+    assert sorted(p.name for p in pages[0].parent.iterdir()) == FILES
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_chain_is_rendered_again(tmp_path: Path) -> None:
+    chain().save(tmp_path / "report.json")
+    result = run("report", tmp_path)
+    assert result.exit_code == 1
+    pages = [f"report: {tmp_path / name / 'report.html'}" for name in ("1-onnx", "2-.._engine")]
+    assert result.output.splitlines()[-2:] == pages
+    assert load_any(tmp_path) == Chain.from_json(chain().to_json())
+    assert run("diff", tmp_path, tmp_path).output.startswith("error: ")
+    assert run("diff", tmp_path / "1-onnx", tmp_path / "2-.._engine").exit_code == 1
