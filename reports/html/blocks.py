@@ -41,11 +41,12 @@ class Block:
 
 
 def blocks(content: Mapping[str, Any], title: str = "") -> list[Block]:
-    """`content` as blocks: its single values first, then each list and mapping."""
-    pairs = [(str(k), text(v)) for k, v in content.items() if not isinstance(v, Mapping | list | tuple)]
+    """`content` as blocks: its single values first, then each list and mapping; what is empty is left out."""
+    single = {k: text(v) for k, v in content.items() if not isinstance(v, Mapping | list | tuple)}
+    pairs = [(_spoken(k), value) for k, value in single.items() if value]
     found = [Block(title, pairs=pairs)] if pairs else []
     for name, value in content.items():
-        inner = f"{title}.{name}" if title else str(name)
+        inner = f"{title}, {_spoken(name)}" if title else _spoken(name)
         if isinstance(value, Mapping):
             found += blocks(value, inner)
         elif isinstance(value, list | tuple) and value:
@@ -63,7 +64,11 @@ def _list(title: str, values: Sequence[Any]) -> Block:
     named = [{str(k): text(x) for k, x in v.items()} for v in values]
     columns = tuple(c for c in dict.fromkeys(k for v in named for k in v) if any(v.get(c) for v in named))
     rows = [[_cut(v.get(c, "")) for c in columns] for v in named]
-    return Block(title, columns=columns, rows=rows, left_out=left_out)
+    return Block(title, columns=tuple(map(_spoken, columns)), rows=rows, left_out=left_out)
+
+
+def _spoken(key: Any) -> str:
+    return plain(key).replace("_", " ")
 
 
 def _cut(value: str) -> str:

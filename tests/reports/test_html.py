@@ -218,11 +218,11 @@ def test_the_contract_is_a_table_with_what_was_ignored(pages: dict[str, Page]) -
 
 
 def test_any_contract_is_shown() -> None:
-    found = blocks({"a": {"b": [1, 2], "c": {"d": None, "e": True}}, "f": [{"x": 1}, {"y": 2.5}], "g": []})
+    found = blocks({"a": {"b": [1, 2], "c": {"d": None, "e_f": True}}, "f": [{"x": 1}, {"y": 2.5}], "g": []})
     shown = [(b.title, b.pairs, b.entries, b.columns, b.rows) for b in found]
     assert shown == [
-        ("a.b", [], ["1", "2"], (), []),
-        ("a.c", [("d", ""), ("e", "yes")], [], (), []),
+        ("a, b", [], ["1", "2"], (), []),
+        ("a, c", [("e f", "yes")], [], (), []),
         ("f", [], [], ("x", "y"), [["1", ""], ["", "2.5"]]),
     ]
     assert flat({"a": {"b": [1, {"c": 2}]}, "d": 1.0}) == [("a.b", "1, c 2"), ("d", "1")]
