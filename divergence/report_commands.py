@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from divergence.errors import SourceError, one_line
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
@@ -23,7 +27,8 @@ def report(report_dir: Path, link: str) -> int:
     """Render the reports in DIR again from its report.json; exit status as of compare."""
     from divergence.chain_result import load_any
 
-    return show(load_any(report_dir), report_dir, link)
+    with _sound(report_dir):
+        return show(load_any(report_dir), report_dir, link)
 
 
 @click.command()
@@ -42,9 +47,23 @@ def diff(old: Path, new: Path, factor: float) -> int:
     from divergence.reports.difference import render_difference
     from divergence.result import load_report
 
-    found = run(load_report(old), load_report(new), factor)
-    click.echo(render_difference(found, width=_width(), color=sys.stdout.isatty()))
+    reports = load_report(old), load_report(new)
+    with _sound(old, new):
+        found = run(*reports, factor)
+        click.echo(render_difference(found, width=_width(), color=sys.stdout.isatty()))
     return {"regressed": 1, "error": 2}.get(found.verdict, 0)
+
+
+@contextmanager
+def _sound(*paths: Path) -> Iterator[None]:
+    """What a report that was tampered with makes of a renderer becomes one line."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        where = " or ".join(str(path) for path in paths)
+        raise SourceError(
+            f"{where}: the report holds what compare never writes ({one_line(error)}); run compare again"
+        ) from error
 
 
 def show(result: Comparison | Chain, out: Path | None, link: str = "") -> int:

@@ -77,6 +77,40 @@ def test_what_is_no_report_is_refused(content: bytes, tmp_path: Path) -> None:
     assert len(result.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"verdict": "maybe"},
+        {"sites": [3]},
+        {"sites": [{"site": "layers.0.key"}]},
+        {"policy": None},
+        {"policy": {"policy": "noise-floor"}},
+        {"unmatched": [{}]},
+        {"causes": 7},
+    ],
+)
+def test_a_report_that_was_tampered_with_is_one_line(fault: dict[str, object], tmp_path: Path) -> None:
+    content = json.loads(cases.fails(1).to_json())
+    (tmp_path / "report.json").write_text(json.dumps({**content, **fault}), encoding="utf-8")
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert result.output.startswith("error: ")
+    assert str(tmp_path) in result.output
+    assert "run compare again" in result.output or "not a report of divergence" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault", [{"rel_l2": "much"}, {"profile": None}, {"layer": "third"}, {"shape": 3}])
+def test_a_site_that_was_tampered_with_is_one_line(fault: dict[str, object], tmp_path: Path) -> None:
+    content = json.loads(cases.fails(1).to_json())
+    content["sites"][0].update(fault)
+    (tmp_path / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    result = run("report", tmp_path)
+    assert result.exit_code == 2
+    assert "run compare again" in result.output
+    assert len(result.output.splitlines()) == 1
+
+
 def test_diff_gates(tmp_path: Path) -> None:
     good, bad = saved(cases.passes(), tmp_path / "good"), saved(cases.fails(), tmp_path / "bad")
     result = run("diff", good, bad)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from matplotlib.ticker import NullLocator
+
 from divergence.reports.drawing.style import PALETTE, Plot, blank, layer_axis, legend, plain_numbers
 from divergence.reports.layers import Row
 from divergence.result import SiteResult
@@ -39,6 +41,7 @@ def ranges(rows: Sequence[Row], tensor: str, *, standalone: bool) -> Plot:
         axes.set_yscale("symlog", linthresh=max(tops[0], tops[-1] / 10**_DECADES), linscale=0.4)
         axes.set_ylim(axes.get_ylim())
         axes.set_yticks(_spaced(axes.get_yticks().tolist()))
+        axes.yaxis.set_minor_locator(NullLocator())
     plain_numbers(axes)
     layer_axis(axes, rows)
     if standalone:

@@ -82,6 +82,7 @@ def view(comparison: Comparison) -> dict[str, Any]:
         "outputs": [_cell(s, i, comparison) for i, s in enumerate(comparison.sites) if s.layer is None],
         "figures": figures,
         "tensors": sorted({s.tensor for s in comparison.sites}),
+        "replayed": any(s.introduced is not None for s in comparison.sites),
         "broken": any(s.cand_nonfinite > s.ref_nonfinite for s in comparison.sites),
         "heat": heat_scale(comparison.sites).ends,
         "columns": [_column(name) for name in COLUMNS],

@@ -147,6 +147,16 @@ OVERLAPS = """() => {
 }"""
 
 
+@pytest.mark.parametrize("name", ["fail", "nan", "key-value", "smollm2"])
+def test_the_first_screen_has_verdict_place_cause_and_fix(show: Open, name: str) -> None:
+    """And the map of all layers, without scrolling."""
+    page = show(name)
+    for part in (".badge", "h1", ".card >> nth=0", ".card >> nth=1", ".card >> nth=2", ".map"):
+        box = page.locator(part).bounding_box()
+        assert box is not None, part
+        assert box["y"] + box["height"] < 900, part
+
+
 def test_a_name_from_the_model_stays_text(show: Open) -> None:
     page = show("evil")
     assert page.locator("img").count() == 0
