@@ -130,7 +130,7 @@ def test_any_name_leaves_the_page_well_formed(name: str) -> None:
             output,
             candidate=text,
             notes=(text,),
-            contract={"a": text},
+            contract={"a": f"x{text}"},
             command=f"x{text}",
         )
         return Page(render_html(said).encode("utf-8").decode())
