@@ -70,7 +70,7 @@ def story(comparison: Comparison) -> Story:
     what, how = TENSORS.get(site.tensor, ""), _how_much(site, comparison.policy)
     return Story(
         headline=f"The candidate goes wrong at {place(site)}",
-        detail=f"All that is computed before it is within its limits. {_capital(how)}.",
+        detail=f"{_before(comparison, site)} {_capital(how)}.",
         where=_capital(place(site)) + (f": {what}." if what else "."),
         size=_size(site, comparison.policy),
         spread=_spread(comparison),
@@ -115,6 +115,17 @@ def place(site: SiteResult) -> str:
     extra += [f"call {site.call}"] if site.call != 1 else []
     tensor = _NAMES.get(site.tensor, site.tensor)
     return f"the {tensor} of layer {site.layer}" + (f" ({', '.join(extra)})" if extra else "")
+
+
+def _before(comparison: Comparison, site: SiteResult) -> str:
+    """What is known of all that is computed before `site`, the first that fails."""
+    earlier = comparison.sites[: comparison.sites.index(site)]
+    if not earlier:
+        return "Nothing was compared before it."
+    seen = all(s.verdict == "pass" for s in earlier)
+    seen = seen and not any(u.state != "excluded" for u in comparison.unmatched)
+    what = "is computed" if seen else "could be judged"
+    return f"All that {what} before it is within its limits."
 
 
 def _how_much(site: SiteResult, policy: Policy) -> str:

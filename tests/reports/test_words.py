@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from divergence.reports.words import many, percent, place, story
-from divergence.result import Policy
+from divergence.result import Policy, Unmatched
 from tests.reports import cases
 
 
@@ -52,3 +52,13 @@ def test_a_failure_for_missing_sites_only_claims_no_place() -> None:
 def test_a_pass_by_absolute_limits_claims_no_ratio() -> None:
     told = story(dataclasses.replace(cases.passes(2), policy=Policy("absolute", 4.0)))
     assert told.detail == "All 7 sites are within their limits."
+
+
+def test_what_comes_before_is_said_as_far_as_it_is_known() -> None:
+    good, bad = cases.site(0, "key"), cases.site(0, "value", 9.0)
+    missing = Unmatched("layers.0.query", "missing in candidate", "gone")
+    unknown = cases.site(0, "query", None, verdict="error")
+    assert story(cases.comparison(bad)).detail.startswith("Nothing was compared before it.")
+    assert story(cases.comparison(good, bad)).detail.startswith("All that is computed before it is within")
+    for case in (cases.comparison(unknown, bad), cases.comparison(good, bad, unmatched=(missing,))):
+        assert story(case).detail.startswith("All that could be judged before it is within its limits.")
