@@ -255,8 +255,9 @@ def _table_row(site: SiteResult, comparison: Comparison) -> dict[str, Any]:
         value = _value(site, name, comparison)
         if name == "ratio":
             cells.append("equal" if site.bit_equal else times(value))
-        elif name == "cosine":
-            cells.append(number(value, 6) if value is not None else "-")
+        elif name in ("cosine", "max_abs"):
+            digits = 6 if name == "cosine" else 3
+            cells.append(number(value, digits) if value is not None else "-")
         else:
             cells.append(figure(value))
     return {
