@@ -9,7 +9,6 @@ a site without a partner is reported.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -18,15 +17,14 @@ from divergence.errors import AlignmentError, ConfigurationError, nearest
 from divergence.layout import STACKED, AmbiguousError, Axes, Layout, MisfitError, between
 from divergence.result import State, Unmatched
 from divergence.sites import HEAD_AXES, Site, matches
+from divergence.stacked import named_stack, role
 
 _REPEATABLE = frozenset({"key", "value", "cross_key", "cross_value"})
-_KEYS = frozenset({"key", "keys", "k"})
-_VALUES = frozenset({"value", "values", "v"})
-_PAIRS = frozenset({"kv", "past", "present", "presents"})
 _NAME_AXES = (
     "; name its axes in divergence.toml, in their order: [sources.NAME.axes] "
     '"SITE" = ["batch", "head", "token", "channel"]'
 )
+_NAME_STACK = "; name the output after its stack when exporting, such as '{stack}_{output}'"
 
 
 class Described(Protocol):
@@ -90,11 +88,19 @@ def align(
 
 @dataclass(frozen=True)
 class _Offer:
-    """A candidate's tensor that may answer a site of the reference."""
+    """A candidate's tensor that may answer a site of the reference.
+
+    Attributes:
+        site: of the tensor.
+        stacked: size of its axis of layers (and of key and value), and the entry to take.
+        note: how it was found.
+        rivals: other stacks of the reference whose layers it may hold just as well.
+    """
 
     site: Site
     stacked: Mapping[str, tuple[int, int]]
     note: str = ""
+    rivals: tuple[str, ...] = ()
 
 
 class _Aligner:
@@ -159,7 +165,9 @@ class _Aligner:
                 layout = self._layout(site, offer)
             except MisfitError as misfit:
                 unclear = isinstance(misfit, AmbiguousError)
-                misfits.append(f"{offer.site}: {misfit}{_NAME_AXES if unclear else ''}")
+                hint = _NAME_STACK.format(stack=site.stack, output=offer.site.tensor)
+                hint = (hint if offer.rivals else _NAME_AXES) if unclear else ""
+                misfits.append(f"{offer.site}: {misfit}{hint}")
                 if unclear or not offer.stacked:
                     state = "shape mismatch"
                     self.used.add(offer.site)
@@ -175,6 +183,11 @@ class _Aligner:
         self.open.append((site, state, reason))
 
     def _layout(self, site: Site, offer: _Offer) -> Layout:
+        if offer.rivals:
+            raise AmbiguousError(
+                f"its shape {list(self.candidate[offer.site].shape)} fits the layers of "
+                f"{' and of '.join(map(_stack, (site.stack, *offer.rivals)))}"
+            )
         ref, cand = self.reference[site], Axes(self.named[offer.site], self.candidate[offer.site].shape)
         names = ref.axes
         if not names:
@@ -206,20 +219,56 @@ class _Aligner:
         return self._stacks_of(site)
 
     def _stacks_of(self, site: Site) -> list[_Offer]:
-        """The candidate's outputs that may hold the tensors of all layers at `site`."""
-        if site.layer is None or len(self.stacks) != 1:
+        """The candidate's outputs that may hold the tensors of all layers at `site`: those named after
+        its stack, or after none; of these, the layer count and sizes must tell the stack."""
+        if site.layer is None:
             return []
-        layers = [s.layer for s in self.reference if replace(s, layer=site.layer) == site]
         offers = []
         for output in self.candidate:
-            role = _role(output.tensor) if output.layer is None and output.call == site.call else {}
-            if site.tensor in role:
-                stacked = {"layer": (len(layers), layers.index(site.layer))}
-                pair = role[site.tensor]
-                if pair is not None:
-                    stacked["pair"] = (2, pair)
-                offers.append(_Offer(output, stacked))
+            offer = self._stack_offer(site, output)
+            if offer is None:
+                continue
+            named = named_stack(output.tensor, self.stacks)
+            if named is None and len(self.stacks) > 1:
+                offer = self._by_shape(site, offer)
+            if named in (None, site.stack):
+                offers.append(offer)
         return offers
+
+    def _stack_offer(self, site: Site, output: Site) -> _Offer | None:
+        """`output` as the tensors of all layers at `site`, if its name says that it stacks such."""
+        held = role(output.tensor) if output.layer is None and output.call == site.call else {}
+        if site.tensor not in held:
+            return None
+        layers = [s.layer for s in self.reference if replace(s, layer=site.layer) == site]
+        stacked = {"layer": (len(layers), layers.index(site.layer))}
+        pair = held[site.tensor]
+        if pair is not None:
+            stacked["pair"] = (2, pair)
+        return _Offer(output, stacked)
+
+    def _by_shape(self, site: Site, offer: _Offer) -> _Offer:
+        """`offer` with the other stacks of the reference that its tensor fits as well as it fits `site`'s."""
+        if not self._fits(site, offer):
+            return offer
+        others = {
+            s.stack: s for s in self.reference if replace(s, stack=site.stack, layer=site.layer) == site
+        }
+        rivals = []
+        for stack, other in others.items():
+            theirs = self._stack_offer(other, offer.site) if stack != site.stack else None
+            if theirs is not None and self._fits(other, theirs):
+                rivals.append(stack)
+        return replace(offer, rivals=tuple(rivals), note=f"by its shape, the layers of {_stack(site.stack)}")
+
+    def _fits(self, site: Site, offer: _Offer) -> bool:
+        try:
+            self._layout(site, offer)
+        except AmbiguousError:
+            return True
+        except MisfitError:
+            return False
+        return True
 
     def _left_over(self) -> list[Unmatched]:
         """The candidate's sites that answer nothing."""
@@ -297,24 +346,6 @@ def _given_axes(site: Site, entry: Described, axes: Mapping[str, Sequence[str]])
             f"give each one of {', '.join(known)}, none twice"
         )
     return names
-
-
-def _role(name: str) -> dict[str, int | None]:
-    """The layer tensors that a model output of this name may stack, each with its place in a
-    key/value pair (None where the output holds no pairs)."""
-    words = frozenset(re.split(r"[^a-z0-9]+", name.lower()))
-    if "last" in words or any(word.isdigit() for word in words):
-        return {}
-    cross = "cross_" if "cross" in words else ""
-    if words & _KEYS and words & _VALUES:
-        return {f"{cross}key": 0, f"{cross}value": 1}
-    if words & _KEYS:
-        return {f"{cross}key": None}
-    if words & _VALUES:
-        return {f"{cross}value": None}
-    if words & _PAIRS:
-        return {f"{cross}key": 0, f"{cross}value": 1}
-    return {"hidden": None} if "hidden" in words and not cross else {}
 
 
 def _model(sites: Mapping[Site, Described]) -> tuple[int, int] | None:

@@ -138,8 +138,13 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
     return capture
 
 
+def partial_of(path: Path) -> Path:
+    """The folder that a capture is written into until it is complete and becomes `path`."""
+    return path.with_name(path.name + PARTIAL)
+
+
 def _why_not_open(folder: Path) -> str:
-    partial = folder.with_name(folder.name + PARTIAL)
+    partial = partial_of(folder)
     if folder.name.endswith(PARTIAL) or partial.is_dir():
         return (
             f"{folder if folder.name.endswith(PARTIAL) else partial}: this capture was interrupted "
@@ -181,7 +186,7 @@ class CaptureWriter:
 
     def __init__(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
         self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + PARTIAL)
+        self._partial = partial_of(self.path)
         self._shard_bytes = shard_bytes
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0

@@ -170,7 +170,7 @@ class _Products(TorchFunctionMode):
             if len(dtypes) > 1:
                 args, kwargs = cast((args, kwargs), self._precision)
             return func(*args, **kwargs)
-        args, kwargs = _map((args, kwargs), lambda t: t.float() if t.is_floating_point() else t)
+        args, kwargs = mapped((args, kwargs), lambda t: t.float() if t.is_floating_point() else t)
         return func(*args, **kwargs).to(storage)
 
     def _rounded(self, func: Any, index: int, value: Any) -> Any:
@@ -216,11 +216,12 @@ def _flat(value: Any) -> Iterator[Tensor]:
             yield from _flat(item)
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with `function` applied to every tensor in it (nested in tuples, lists, dicts)."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
-        return {k: _map(v, function) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_map(v, function) for v in value)
+        return {k: mapped(v, function) for k, v in value.items()}
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return type(value)(mapped(v, function) for v in value)
     return value

@@ -115,20 +115,51 @@ class Permute:
 
 @dataclass(frozen=True)
 class Every:
-    """Takes one of every `repeats` equal heads. That they are equal is for the caller to check."""
+    """Takes one of every `repeats` heads, which repeat one head of the reference.
+
+    Attributes:
+        axis: of the heads.
+        repeats: how often each is repeated.
+        first: which of the repeats is taken.
+        equal: whether all of them are the same, which is for the caller to check
+            (`divergence.repeats`).
+    """
+
+    axis: int
+    repeats: int
+    first: int = 0
+    equal: bool = True
+
+    def apply(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The taken one of each run of repeated heads."""
+        return tensor[(slice(None),) * self.axis + (slice(self.first, None, self.repeats),)]
+
+    def __str__(self) -> str:
+        if self.equal:
+            return f"key/value heads repeated {self.repeats} times, the first of each compared"
+        return (
+            f"key/value heads repeated {self.repeats} times, not equally: repeat {self.first + 1} of each "
+            "compared, the furthest from the reference"
+        )
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Repeats each head `repeats` times: the candidate's are so much alike (all zero, say) that its
+    probe took them for copies of one, and dropped them. The only step that copies."""
 
     axis: int
     repeats: int
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first of each run of repeated heads."""
-        return tensor[(slice(None),) * self.axis + (slice(None, None, self.repeats),)]
+        """The tensor with the reference's number of heads."""
+        return tensor.repeat_interleave(self.repeats, self.axis)
 
     def __str__(self) -> str:
-        return f"key/value heads repeated {self.repeats} times, the first of each compared"
+        return f"{self.repeats} key/value heads of the reference compared with each of the candidate's"
 
 
-Step = Select | Squeeze | Unsqueeze | Split | Permute | Every
+Step = Select | Squeeze | Unsqueeze | Split | Permute | Every | Repeat
 
 
 @dataclass(frozen=True)
@@ -136,7 +167,7 @@ class Layout:
     """What is done to a candidate's tensor to bring it into its reference's layout.
 
     Attributes:
-        steps: in order; each is a view.
+        steps: in order; each is a view, but for `Repeat`.
         note: a remark on how the pair was found.
     """
 
@@ -144,14 +175,14 @@ class Layout:
     note: str = ""
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The candidate's `tensor` in the layout of its reference: a view, never a copy."""
+        """The candidate's `tensor` in the layout of its reference: a view, unless heads are repeated."""
         for step in self.steps:
             tensor = step.apply(tensor)
         return tensor
 
     @property
     def repeats(self) -> Every | None:
-        """The step that drops repeated heads, if there is one."""
+        """The step that takes one of repeated heads, if there is one."""
         return next((step for step in self.steps if isinstance(step, Every)), None)
 
     def __str__(self) -> str:
@@ -246,6 +277,8 @@ def _steps(
     wrong = [axis for axis in ref.names if final[axis] != want[axis]]
     if wrong == ["head"] and repeated and want["head"] and final["head"] % want["head"] == 0:
         yield Every(ref.names.index("head"), final["head"] // want["head"])
+    elif wrong == ["head"] and repeated and cand.names and want["head"] % final["head"] == 0:
+        yield Repeat(ref.names.index("head"), want["head"] // final["head"])
     elif wrong:
         differ = ", ".join(f"{axis} {want[axis]} against {final[axis]}" for axis in wrong)
         raise MisfitError(f"reference {ref}, candidate {cand}: {differ}")

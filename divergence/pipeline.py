@@ -19,6 +19,7 @@ from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
 from divergence.prepared import Reference, prepare, valid_tokens
 from divergence.probes import Progress, silent
+from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
@@ -55,6 +56,7 @@ def compare(
     keep: Path | None = None,
     config: Config | None = None,
     command: str = "",
+    diagnose: bool = True,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -76,6 +78,7 @@ def compare(
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
+        diagnose: look for the cause when the candidate fails.
         progress: told about long work.
 
     Raises:
@@ -84,7 +87,14 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command, engine
+        check_precision(precision) if precision else None,
+        detail,
+        replay,
+        floor,
+        memory,
+        command,
+        engine,
+        diagnose,
     )
     tensors = read_inputs(inputs, config)
     with working_folder(keep) as folder, quiet_collector():
@@ -186,7 +196,16 @@ class Job:
             for pattern in exclude
             if not any(matches(site, pattern) for site in known)
         ]
-        self.pairs = {pair.reference: pair for pair in self.alignment.pairs}
+        self.notes += [
+            f"the tolerance of '{pattern}' applies to nothing: no site of the reference matches it"
+            for pattern in self.tolerance.sites
+            if not any(matches(site, pattern) for site in self.reference.entries)
+        ]
+        pairs, unequal = choose_repeats(
+            self.alignment.pairs, lambda pair: self.candidate.tensor(pair.candidate), self._metrics
+        )
+        self.notes += unequal
+        self.pairs = {pair.reference: pair for pair in pairs}
         self.metrics = metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}
@@ -198,7 +217,10 @@ class Job:
             replayed = self._replay(pytorch, precision, metrics, floors)
         self.floors = floors
         self.notes += replayed.notes
-        return self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
+        result = self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
+        if result.verdict != "fail" or pytorch is None or not self.options.diagnose:
+            return result
+        return self._diagnosed(result, pytorch, precision)
 
     def tensor(self, site: Site) -> Tensor:
         """The candidate's tensor at `site`, one of `pairs`, in the reference's layout."""
@@ -329,6 +351,9 @@ class Job:
             return ReplayResult(
                 {}, ("the candidate gives no hidden states, so nothing was replayed: errors are cumulative",)
             )
+        return self._replayer(pytorch, precision).run(self.progress)
+
+    def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
         return Replayer(
             pytorch,
             self.inputs,
@@ -337,7 +362,33 @@ class Job:
             precision,
             self._axes,
             self._mask,
-        ).run(self.progress)
+        )
+
+    def _diagnosed(self, result: Comparison, pytorch: PyTorchProbe, precision: str) -> Comparison:
+        """`result` with the causes of its failing sites."""
+        from divergence.diagnosis import Given, Search
+
+        given = Given(
+            pytorch.model,
+            {site.site: site for site in result.sites},
+            self._reference_tensor,
+            self._candidate_tensor,
+            self._mask,
+            self._axes,
+            precision,
+            self.tolerance.ratio,
+            self.candidate.facts,
+            self.inputs,
+        )
+        replayer = self._replayer(pytorch, precision)
+        introduced = result.policy.judged == "introduced"
+        found = Search(given, pytorch, replayer, introduced=introduced).run(self.progress)
+        return replace(
+            result,
+            causes=tuple(found.causes),
+            diagnosis=tuple(found.hypotheses),
+            notes=(*result.notes, *found.notes),
+        )
 
     def _result(
         self,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from divergence.comparison import compare_tensors
-from divergence.emulation import cast, reduced
+from divergence.emulation import cast, mapped, reduced
 from divergence.errors import one_line
 from divergence.noise import Floor, MaskOf, emulated
 from divergence.probes import Observation, Progress, silent
@@ -120,28 +120,55 @@ class Replayer:
 
     def _layer(self, call: LayerCall, starts: Mapping[tuple[str, int], Tensor]) -> dict[Site, Introduced]:
         site = Site(call.layer, "hidden", call.stack, call.call)
-        if call.hidden_at is None:
-            return {}
-        if call.layer == 0:
-            hidden = starts.get((call.stack, call.call), call.first_input)
-        else:
-            hidden = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
+        hidden = self.input_of(call, starts)
         if hidden is None:
             return {}
-        hidden = hidden.to(self._device, self._dtype)
-        exact = self._call(call, hidden, None)
-        rough = self._call(call, hidden, self._run_in)
+        exact = self.run_layer(call, hidden, None)
+        rough = self.run_layer(call, hidden, self._run_in)
         return self._introduced(
             {site.with_tensor(tensor): value for tensor, value in exact.items()},
             {site.with_tensor(tensor): value for tensor, value in rough.items()},
         )
 
-    def _call(self, call: LayerCall, hidden: Tensor, run_in: str | None) -> dict[str, Tensor]:
-        """Tensors of the layer run on `hidden`, by name."""
-        seen: dict[str, Tensor] = {}
+    def input_of(self, call: LayerCall, starts: Mapping[tuple[str, int], Tensor]) -> Tensor | None:
+        """The candidate's own input to the layer `[batch, token, channel]`, None where it does not show it.
+
+        Args:
+            call: of the layer.
+            starts: inputs of each stack's first layer, see `run_outside`.
+        """
+        if call.hidden_at is None:
+            return None
+        if call.layer == 0:
+            hidden = starts.get((call.stack, call.call), call.first_input)
+        else:
+            hidden = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
+        return None if hidden is None else hidden.to(self._device, self._dtype)
+
+    def run_layer(
+        self,
+        call: LayerCall,
+        hidden: Tensor,
+        run_in: str | None,
+        *,
+        within: contextlib.AbstractContextManager[object] | None = None,
+        seen: Callable[[str, Tensor], None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Tensors of the layer run on `hidden` `[batch, token, channel]`, by name.
+
+        Args:
+            call: which layer, and its other arguments.
+            hidden: its input.
+            run_in: precision to run it in, None for its own.
+            within: entered around the call of the layer.
+            seen: told of each tensor as it becomes known.
+        """
+        tensors: dict[str, Tensor] = {}
 
         def keep(observation: Observation) -> None:
-            seen[observation.site.tensor] = observation.tensor
+            tensors[observation.site.tensor] = observation.tensor
+            if seen is not None:
+                seen(observation.site.tensor, observation.tensor)
 
         assert call.hidden_at is not None
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
@@ -154,8 +181,10 @@ class Replayer:
             active.enter_context(LayerObserver(stacks, keep, only=call.layer))
             if run_in is not None:
                 active.enter_context(reduced([call.module], run_in))
+            if within is not None:
+                active.enter_context(within)
             call.module(*args, **kwargs)
-        return seen
+        return tensors
 
     def _give_past(self, call: LayerCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Puts what the candidate cached in the call before into the cache: that too is its input."""
@@ -168,8 +197,8 @@ class Replayer:
         """Runs the model around its layers: the input of every stack's first layer, and the model's
         outputs, on the candidate's hidden states."""
         try:
-            starts, exact = self._shell(None)
-            _, rough = self._shell(self._run_in)
+            starts, exact = self.run_outside(None)
+            _, rough = self.run_outside(self._run_in)
         except Exception as error:
             # The model does something with its layers' outputs that recorded ones do not allow.
             notes.append(
@@ -177,12 +206,52 @@ class Replayer:
                 "its error is judged cumulatively"
             )
             return {}, {}
+        # An output that what the candidate's layers gave leaves as it was does not follow from it (but from
+        # a cache beside them, say): its error stays cumulative.
+        exact = {name: value for name, value in exact.items() if not self._untouched(name, value)}
         outputs = self._introduced(
             {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
         )
         return starts, outputs
 
-    def _shell(self, run_in: str | None) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
+    def _handed_on(self, output: Any, site: Site) -> Any:
+        """What a layer returned, with the candidate's key and value in place of the reference's: a model
+        that hands them out as its own outputs then adds no error of its own to them."""
+        held = []
+        for tensor in ("key", "value"):
+            ref, cand = (take(site.with_tensor(tensor)) for take in (self._reference, self._candidate))
+            if ref is not None and cand is not None and ref.shape == cand.shape:
+                held.append((ref, cand))
+
+        def answered(value: Tensor) -> Tensor:
+            for ref, cand in held:
+                if value.shape == ref.shape and torch.equal(value.cpu(), ref):
+                    return cand.to(value.device, value.dtype)
+            return value
+
+        return mapped(output, answered) if held and not isinstance(output, torch.Tensor) else output
+
+    def _untouched(self, name: str, value: Tensor) -> bool:
+        reference = self._reference(Site.output(name))
+        return reference is not None and torch.equal(value.cpu(), reference)
+
+    def run_outside(
+        self,
+        run_in: str | None,
+        *,
+        within: contextlib.AbstractContextManager[object] | None = None,
+        seen: Callable[[Tensor], None] | None = None,
+    ) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
+        """Runs the model with its layers replaced by the candidate's hidden states.
+
+        Args:
+            run_in: precision to run it in, None for its own.
+            within: entered around the call of the model.
+            seen: told of each hidden state before the model sees it.
+
+        Returns:
+            The input of each stack's first layer by stack and call, and the model's outputs by name.
+        """
         starts: dict[tuple[str, int], Tensor] = {}
         recorded = {(c.stack, c.layer, c.call): c for c in self._probe.calls}
         counts: dict[tuple[str, int], int] = {}
@@ -200,7 +269,10 @@ class Replayer:
                 if hidden is None:
                     raise LookupError(f"no hidden state at {site}")
                 hidden = hidden.to(self._device, self._dtype)
-                return with_first_tensor(record.output, hidden if run_in is None else cast(hidden, run_in))
+                hidden = hidden if run_in is None else cast(hidden, run_in)
+                if seen is not None:
+                    seen(hidden)
+                return self._handed_on(with_first_tensor(record.output, hidden), site)
 
             return call
 
@@ -216,6 +288,8 @@ class Replayer:
             for stack in self._probe.stacks:
                 for index, layer in enumerate(dict.fromkeys(stack.layers)):
                     active.enter_context(wrapped(layer, stub(stack.name, index)))
+            if within is not None:
+                active.enter_context(within)
             outputs = model(**inputs)
         return starts, dict(output_leaves(outputs))
 

@@ -69,7 +69,7 @@ class SiteResult:
         ref_min, ref_max, cand_min, cand_max: ranges over finite values at valid tokens.
         ref_nonfinite, cand_nonfinite: numbers of NaN and Inf at valid tokens.
         floor: noise floor as relative L2 error (cumulative).
-        ratio: cumulative error over its floor; worst of whole-tensor and median-token error.
+        ratio: cumulative error over its floor; worst of whole tensor, median token and median channel.
         introduced: relative L2 error that the layer adds to the candidate's own input to it.
         introduced_floor, introduced_ratio: the same layer's floor, and the ratio to it.
         bit_equal: both tensors have the same bits.
@@ -139,13 +139,47 @@ class FirstDivergence:
 
 @dataclass(frozen=True)
 class Cause:
-    """A named explanation of the first divergence."""
+    """A named explanation of the error that enters at a site.
+
+    Attributes:
+        id: one of `docs/causes.md`.
+        title: what is wrong, in words.
+        evidence: what speaks for it, a sentence with figures each.
+        explained: 1 - |e - e_emulated|^2 / |e|^2 at `site`; None where nothing can be emulated.
+        fix: the setting or the code to change.
+        site: where the error enters; "" stands for the first divergence.
+        parameters: what was estimated (gain, eps, offset, ...), and the `sites` it explains beside `site`.
+    """
 
     id: str
     title: str
     evidence: tuple[str, ...]
     explained: float | None
     fix: str
+    site: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A cause that was tried on the error that enters at a site.
+
+    Attributes:
+        site: where the error enters.
+        id, title, explained, parameters, fix: as of `Cause`.
+        evidence_for, evidence_against: what the figures say, a sentence each.
+        overall: as `explained`, over all tensors of the layer, each in units of its noise floor.
+    """
+
+    site: str
+    id: str
+    title: str
+    evidence_for: tuple[str, ...] = ()
+    evidence_against: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    explained: float | None = None
+    overall: float | None = None
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,6 +218,7 @@ class Comparison:
     sites: tuple[SiteResult, ...]
     unmatched: tuple[Unmatched, ...] = ()
     causes: tuple[Cause, ...] = ()
+    diagnosis: tuple[Hypothesis, ...] = ()
     notes: tuple[str, ...] = ()
     contract: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -281,6 +316,7 @@ NESTED: Mapping[str, type[Any]] = {
     "sites": SiteResult,
     "unmatched": Unmatched,
     "causes": Cause,
+    "diagnosis": Hypothesis,
     "profile": Profile,
 }
 

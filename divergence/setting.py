@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.probes.tensorrt.probe import TensorRTProbe
 
 Inputs = Mapping[str, "torch.Tensor"]
 
@@ -34,6 +35,7 @@ class Options:
     memory: int = 512 << 20
     command: str = ""
     engine: EngineOptions | None = None
+    diagnose: bool = True
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Setting:
             # What is wrong with it is said when its turn comes.
             with contextlib.suppress(DivergenceError):
                 probe = open_source(candidate, self.config, engine=self.options.engine)
-                getattr(probe, "probe", probe).start()
+                _engine_of(probe).start()
                 self.early[str(candidate)] = probe
             return
 
@@ -79,19 +81,27 @@ class Setting:
             return open_source(
                 source, self.config, reference=reference, memory=options.memory, engine=options.engine
             )
-        getattr(ready, "probe", ready).reference = reference
+        _engine_of(ready).reference = reference
         return ready
 
     def close(self) -> None:
         """Ends what was got ready and never used."""
         for probe in self.early.values():
-            getattr(probe, "probe", probe).close()
+            _engine_of(probe).close()
         self.early.clear()
 
     def record(self, probe: Probe, name: str, **run: Any) -> Capture:
         """Runs `probe` into the capture called `name`."""
         path = self.folder / f"{name}.capture"
         return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
+
+
+def _engine_of(probe: Probe) -> TensorRTProbe:
+    from divergence.probes.tensorrt.probe import TensorRTProbe
+
+    inner = getattr(probe, "probe", probe)
+    assert isinstance(inner, TensorRTProbe)
+    return inner
 
 
 def read_inputs(inputs: Inputs | str | None, config: Config) -> Inputs:

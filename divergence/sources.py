@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from divergence.captures import partial_of
 from divergence.config import Config, SourceConfig
 from divergence.errors import ConfigurationError, SourceError, nearest
 from divergence.probes import Description, Probe, Progress, RunFacts, Sink, silent
@@ -77,16 +78,12 @@ def _from_text(name: str, config: Config) -> SourceConfig:
             "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
         )
     path = Path(name)
-    if path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or _partial(path).exists():
+    if path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or partial_of(path).exists():
         return SourceConfig(path=name)
     raise SourceError(
         f"{name}: no such file, and no source of that name in the configuration"
         f"{nearest(name, config.sources)}"
     )
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
 
 
 def _open(
@@ -106,7 +103,7 @@ def _open(
         from divergence.probes.tensorrt.probe import TensorRTProbe
 
         return TensorRTProbe(path, options=engine, reference=reference, sites=settings.sites)
-    if path.is_dir() or path.suffix == ".capture" or _partial(path).exists():
+    if path.is_dir() or path.suffix == ".capture" or partial_of(path).exists():
         from divergence.probes.recorded import RecordedProbe
 
         return RecordedProbe(path)

@@ -3,7 +3,7 @@ error, never a pass."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,24 @@ class Judgement:
 
     verdict: Verdict
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Exceeded:
+    """An absolute limit that a site exceeds."""
+
+    metric: str
+    value: float
+    limit: float
+
+    @property
+    def side(self) -> str:
+        """`above` or `below`: on which side of the limit the value lies."""
+        return "below" if METRICS[self.metric].better == "higher" else "above"
+
+    def __str__(self) -> str:
+        # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
+        return f"{self.metric} {self.value:.6g} is {self.side} the limit {self.limit:g}"
 
 
 def judge(
@@ -59,25 +77,46 @@ def judge(
         return Judgement("error", "no position is finite on both sides")
     if metrics.bit_equal:
         return Judgement("pass", "equal to the bit")
-    exceeded = _exceeded(metrics, tolerance.limits(site))
-    if exceeded:
-        return Judgement("fail", exceeded)
+    by_limits = _by_limits(metrics, introduced, tolerance.limits(site))
+    if by_limits.verdict != "pass":
+        return by_limits
     if not tolerance.judges_by_floor(site):
         return Judgement("pass", unseen_inf)
     judged = _by_floor(site, metrics, floor, introduced, tolerance)
     return Judgement("pass", unseen_inf) if judged.verdict == "pass" and unseen_inf else judged
 
 
-def _exceeded(metrics: Metrics, limits: dict[str, float]) -> str:
-    """The first limit that is exceeded, in words, or ""."""
-    for name, limit in limits.items():
-        value = getattr(metrics, name, None)
+def exceeded_limits(figures: Mapping[str, float | None], limits: Mapping[str, float]) -> list[Exceeded]:
+    """The absolute limits that are exceeded.
+
+    Args:
+        figures: by metric; of those that are None or missing no limit can be exceeded.
+        limits: by metric, of `divergence.result.METRICS`.
+    """
+    found = []
+    for metric, limit in limits.items():
+        value = figures.get(metric)
         if value is None:
             continue
-        higher = METRICS[name].better == "higher"
-        if not (value >= limit if higher else value <= limit):
-            return f"{name} {value:.3g} is {'below' if higher else 'above'} the limit {limit:g}"
-    return ""
+        kept = value >= limit if METRICS[metric].better == "higher" else value <= limit
+        if not kept:  # as it is for NaN
+            found.append(Exceeded(metric, value, limit))
+    return found
+
+
+def _by_limits(metrics: Metrics, introduced: Introduced | None, limits: Mapping[str, float]) -> Judgement:
+    figures = {metric: getattr(metrics, metric, None) for metric in limits}
+    if introduced is not None:
+        figures |= {"introduced": introduced.metrics.rel_l2, "introduced_ratio": introduced.ratio}
+    exceeded = exceeded_limits(figures, limits)
+    if exceeded:
+        return Judgement("fail", str(exceeded[0]))
+    for metric, limit in limits.items():
+        if figures[metric] is None:
+            replay = metric.startswith("introduced") and introduced is None
+            why = "the site was not replayed" if replay else "it does not exist for these tensors"
+            return Judgement("error", f"{metric} has a limit ({limit:g}) and no value here: {why}")
+    return Judgement("pass")
 
 
 def _by_floor(

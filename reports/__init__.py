@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from divergence import verdict
 from divergence.config import Tolerance
 from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
@@ -150,9 +151,9 @@ def in_words(site: SiteResult, policy: Policy) -> str:
     by = judged(site, policy)
     if by.error is None or by.ratio is None or not by.ratio > by.limit:
         return site.reason or "within its limits"
-    # The ratio is the worse of whole tensor and median token; the floor here is the whole tensor's.
+    # The ratio is the worst of whole tensor, median token and median channel; this floor is the first's.
     whole = by.error and by.floor and math.isclose(by.error / by.floor, by.ratio, rel_tol=0.05)
-    floor = f"floor of {figure(by.floor)}" if whole else "floor at the median token"
+    floor = f"floor of {figure(by.floor)}" if whole else "floor at the median token or channel"
     limit = f"{number(by.ratio, 3)}x {{}} noise {floor} (limit {number(by.limit)}x)"
     if by.introduced:
         return f"introduces an error of {figure(by.error)}, {limit.format('its own')}"
@@ -161,18 +162,13 @@ def in_words(site: SiteResult, policy: Policy) -> str:
 
 def exceeded_limits(site: SiteResult, policy: Policy) -> list[str]:
     """The absolute limits that `site` exceeds: `mse 3.1e-3 is above the limit 1e-5`."""
-    found = []
-    for name, limit in _tolerance(policy).limits(address(site)).items():
-        value = getattr(site, name, None)
-        if value is None or name not in METRICS:
-            continue
-        higher = METRICS[name].better == "higher"
-        if not (value >= limit if higher else value <= limit):
-            # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
-            found.append(
-                f"{name} {number(value, 6)} is {'below' if higher else 'above'} the limit {number(limit)}"
-            )
-    return found
+    limits = {m: limit for m, limit in _tolerance(policy).limits(address(site)).items() if m in METRICS}
+    figures = {metric: getattr(site, metric) for metric in limits}
+    return [
+        # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
+        f"{found.metric} {number(found.value, 6)} is {found.side} the limit {number(found.limit)}"
+        for found in verdict.exceeded_limits(figures, limits)
+    ]
 
 
 def _tolerance(policy: Policy) -> Tolerance:

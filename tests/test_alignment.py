@@ -221,6 +221,17 @@ def test_repeated_heads_are_told_to_the_caller() -> None:
     assert alignment.pairs[1].layout.repeats is None
 
 
+def test_heads_that_are_all_alike_are_compared_with_each_of_the_references() -> None:
+    """A probe that undoes the repetition of heads cannot tell zeros of two heads from those of one."""
+    alignment = align(model(), change(model(), "layers.0.key", (B, 1, T, D), HEAD_AXES))
+    layout = alignment.pairs[0].layout
+    tensor = torch.arange(B * T * D).reshape(B, 1, T, D)
+    assert torch.equal(layout.apply(tensor), tensor.expand(B, H, T, D))
+    assert str(layout) == f"{H} key/value heads of the reference compared with each of the candidate's"
+    uneven = align(model(), change(model(), "layers.0.key", (B, H + 1, T, D), HEAD_AXES))
+    assert states(uneven) == {"layers.0.key": "shape mismatch"}
+
+
 def test_heads_and_tokens_of_one_size_are_ambiguous() -> None:
     """Even where the shapes are equal; naming the axes resolves it."""
     reference = model(sizes=(1, 4, 4, D))
@@ -439,3 +450,80 @@ def test_layouts_invert_folded_heads(sizes: tuple[int, ...], *, known: bool) -> 
     names = HIDDEN_AXES if known else ()
     alignment = align(reference, {Site(0, "key"): Entry(tuple(folded.shape), names)})
     assert torch.equal(alignment.pairs[0].layout.apply(folded), truth)
+
+
+def two_stacks(tokens: tuple[int, int] = (T, T + 2), layers: tuple[int, int] = (L, L)) -> Run:
+    """An encoder and a decoder, whose tokens or layers may tell them apart."""
+    run: Run = {}
+    for stack, count, size in zip(("encoder", "decoder"), layers, tokens, strict=True):
+        run |= model(count, stack=stack, sizes=(B, N, size, D))
+    return run
+
+
+def without_keys(run: Run) -> Run:
+    return {site: entry for site, entry in run.items() if site.tensor != "key"}
+
+
+def test_an_output_named_after_one_of_several_stacks_is_taken_apart_as_that_one() -> None:
+    """Whatever the shapes: both stacks have the same here."""
+    reference = two_stacks((T, T))
+    candidate = without_keys(reference)
+    for stack in ("decoder", "encoder"):
+        candidate |= output(f"{stack}_keys", (B, L, N, T, D))
+    alignment = align(reference, candidate)
+    assert alignment.unmatched == ()
+    for stack in ("encoder", "decoder"):
+        for layer in range(L):
+            found, words = pairs(alignment)[f"{stack}.layers.{layer}.key"]
+            assert (found, words) == (
+                f"output.{stack}_keys",
+                f"axis 1 of output.{stack}_keys is the layer",
+            )
+    layers = torch.arange(L).view(1, L, 1, 1, 1).expand(B, L, N, T, D)
+    taken = [p for p in alignment.pairs if p.reference.tensor == "key"]
+    assert [set(p.layout.apply(layers).flatten().tolist()) for p in taken] == [{0}, {1}, {2}] * 2
+
+
+@pytest.mark.parametrize(
+    ("tokens", "layers", "shape"),
+    [
+        ((T, T + 2), (L, L), (B, L, N, T + 2, D)),
+        ((T, T), (L, L + 2), (B, L + 2, N, T, D)),
+    ],
+    ids=["tokens", "layers"],
+)
+def test_sizes_tell_the_stack_of_an_output_that_names_none(
+    tokens: tuple[int, int], layers: tuple[int, int], shape: tuple[int, ...]
+) -> None:
+    """Only the decoder's fit, and the layout says so; the encoder's keys stay missing, with the reason."""
+    reference = two_stacks(tokens, layers)
+    alignment = align(reference, without_keys(reference) | output("keys", shape))
+    assert {s for s in pairs(alignment) if s.endswith("key")} == {
+        f"decoder.layers.{i}.key" for i in range(layers[1])
+    }
+    assert "by its shape, the layers of 'decoder'" in pairs(alignment)["decoder.layers.0.key"][1]
+    assert states(alignment) == {f"encoder.layers.{i}.key": "missing in candidate" for i in range(layers[0])}
+    assert all(f"output.keys: reference [1, 6, {T}, 5]" in u.reason for u in alignment.unmatched)
+
+
+def test_an_output_that_fits_several_stacks_is_not_guessed() -> None:
+    """The reason names both, and how to tell them apart."""
+    reference = two_stacks((T, T))
+    alignment = align(reference, without_keys(reference) | output("keys", (B, L, N, T, D)))
+    assert states(alignment) == {
+        f"{stack}.layers.{i}.key": "shape mismatch" for stack in ("encoder", "decoder") for i in range(L)
+    }
+    (reason, *_) = {u.reason for u in alignment.unmatched if u.site.startswith("decoder")}
+    assert reason == (
+        "output.keys: its shape [1, 3, 6, 7, 5] fits the layers of 'decoder' and of 'encoder'; "
+        "name the output after its stack when exporting, such as 'decoder_keys'"
+    )
+
+
+def test_crossed_keys_belong_to_the_only_stack_that_has_some() -> None:
+    """The encoder has no cross attention, though its keys have the same shape."""
+    reference = two_stacks((T, T))
+    crossed: Run = {Site(i, "cross_key", "decoder"): Entry((B, N, T, D), HEAD_AXES) for i in range(L)}
+    alignment = align(reference | crossed, reference | output("cross_keys", (L, B, N, T, D)))
+    assert alignment.unmatched == ()
+    assert "output.cross_keys" in pairs(alignment)["decoder.layers.2.cross_key"][0]

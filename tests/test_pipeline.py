@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import divergence
 from divergence.config import Config, Tolerance, parse_tolerance
+from divergence.demo.model import DemoConfig, DemoDecoder
 from divergence.errors import ConfigurationError, InputError
 from divergence.pipeline import compare, record
 from divergence.probes import silent
+from divergence.probes.fake import FakeProbe
 from divergence.probes.pytorch import PyTorchProbe
 from divergence.result import Comparison
 from tests.models import MODELS, inputs_for, llama
@@ -182,6 +184,112 @@ def test_absolute_limits_judge_without_a_floor() -> None:
     assert result.site("layers.3.value").reason == "rel_l2 0.02 is above the limit 0.001"
 
 
+def test_a_limit_on_the_introduced_error_is_judged_and_makes_replay_run() -> None:
+    """Without it, all sites of the clean model pass cumulatively and replay is left out."""
+    model = llama(LAYERS)
+    candidate = copy.deepcopy(model)
+    candidate.config._attn_implementation = "eager"
+    assert all(s.introduced is None for s in judged(model, candidate).sites)
+    strict = Tolerance(sites={"layers.4.hidden": {"introduced": 1e-12}})
+    result = judged(model, candidate, tolerance=strict)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.4.hidden"
+    assert result.site("layers.4.hidden").reason.endswith("is above the limit 1e-12")
+    unanswered = judged(model, candidate, tolerance=strict, replay="never")
+    assert unanswered.verdict == "error"
+    assert unanswered.site("layers.4.hidden").reason == (
+        "introduced has a limit (1e-12) and no value here: the site was not replayed"
+    )
+
+
+def test_patterns_of_tolerances_and_exclusions_that_match_no_site_are_said() -> None:
+    model = llama(LAYERS)
+    tolerance = Tolerance(sites={"layers.*.kye": {"mse": 1e-5}, "layers.*.key": {"mse": 1e-5}})
+    result = judged(model, model, tolerance=tolerance, exclude=["layers.9.*"])
+    assert [note for note in result.notes if "matches it" in note] == [
+        "the pattern 'layers.9.*' excludes nothing: no site matches it",
+        "the tolerance of 'layers.*.kye' applies to nothing: no site of the reference matches it",
+    ]
+
+
+def repeated(run: dict[str, Tensor], times: int = 3) -> dict[str, Tensor]:
+    """The same tensors with every key and value head repeated, as grouped queries unrolled have them."""
+    return {
+        site: t.repeat_interleave(times, 1) if site.endswith(("key", "value")) else t.clone()
+        for site, t in run.items()
+    }
+
+
+@pytest.fixture
+def grouped() -> dict[str, Tensor]:
+    """Three key/value heads in each of two layers."""
+    seed = torch.Generator().manual_seed(0)
+    run = {
+        f"layers.{i}.{t}": torch.randn(1, 3, 7, 5, generator=seed) for i in (0, 1) for t in ("key", "value")
+    }
+    return run | {f"layers.{i}.hidden": torch.randn(1, 7, 12, generator=seed) for i in (0, 1)}
+
+
+LIMITS = Tolerance("absolute", sites={"*": {"rel_l2": 1e-3}})
+
+
+def against(reference: dict[str, Tensor], candidate: dict[str, Tensor]) -> Comparison:
+    cand = FakeProbe(candidate)
+    return judged(FakeProbe(reference), cand, {"x": torch.zeros(1)}, tolerance=LIMITS, replay="never")
+
+
+def test_heads_repeated_equally_are_compared_once(grouped: dict[str, Tensor]) -> None:
+    grouped["layers.0.key"][0, 0, 0, 0] = float("nan")  # which is equal to itself here
+    result = against(grouped, repeated(grouped))
+    assert (result.verdict, result.reason) == ("pass", "all 6 sites are equal to the bit")
+    assert (
+        result.site("layers.0.key").layout == "key/value heads repeated 3 times, the first of each compared"
+    )
+
+
+@pytest.mark.parametrize("repeat", [0, 1, 2])
+@pytest.mark.parametrize("fault", [1.02, float("nan")])
+def test_a_fault_in_any_repeat_of_a_head_is_seen(
+    repeat: int, fault: float, grouped: dict[str, Tensor]
+) -> None:
+    candidate = repeated(grouped)
+    candidate["layers.1.key"][:, 3 + repeat] *= fault  # one of those that repeat head 1
+    result = against(grouped, candidate)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.1.key"
+    assert f"not equally: repeat {repeat + 1} of each compared" in result.site("layers.1.key").layout
+    assert any(
+        note.startswith("layers.1.key: the 3 repeats of its heads are not equal") for note in result.notes
+    )
+    assert [s.verdict for s in result.sites].count("fail") == 1
+
+
+def test_repeats_that_differ_within_the_limits_pass_and_are_said(grouped: dict[str, Tensor]) -> None:
+    candidate = repeated(grouped)
+    candidate["layers.0.value"][:, 8] *= 1 + 1e-4
+    result = against(grouped, candidate)
+    assert result.verdict == "pass"
+    assert "not equally: repeat 3" in result.site("layers.0.value").layout
+    assert 0 < (result.site("layers.0.value").rel_l2 or 0) < 1e-4
+
+
+def test_a_fault_in_keys_that_one_output_stacks_is_found_in_its_stack_and_layer() -> None:
+    seed = torch.Generator().manual_seed(0)
+    run = {
+        f"{stack}.layers.{i}.{tensor}": torch.randn(*shape, generator=seed)
+        for stack in ("encoder", "decoder")
+        for i in (0, 1, 2)
+        for tensor, shape in (("key", (1, 4, 7, 5)), ("hidden", (1, 7, 20)))
+    }
+    candidate = {site: t.clone() for site, t in run.items() if site.endswith("hidden")}
+    for stack in ("encoder", "decoder"):
+        keys = torch.stack([run[f"{stack}.layers.{i}.key"] for i in (0, 1, 2)], 1)
+        candidate[f"output.{stack}_keys"] = keys
+    assert against(run, candidate).reason == "all 12 sites are equal to the bit"
+    candidate["output.decoder_keys"][:, 1] *= 1.02
+    result = against(run, candidate)
+    assert [s.site for s in result.sites if s.verdict == "fail"] == ["decoder.layers.1.key"]
+    assert result.site("decoder.layers.1.key").found_cand == "given"
+
+
 def test_a_capture_is_a_source_like_any_other(tmp_path: Path) -> None:
     model, inputs = llama(LAYERS), inputs_for("llama", tokens=33)
     path = tmp_path / "cand.capture"
@@ -254,3 +362,47 @@ def test_a_second_stack_is_replayed_on_what_the_first_one_gave_it() -> None:
     result = judged(model, stored(wrong, "fp16"), inputs_for("t5", tokens=17))
     assert result.first_divergence is not None
     assert result.first_divergence.site == "encoder.layers.1.value"
+
+
+def test_keys_that_the_model_returns_are_those_of_its_layers() -> None:
+    """What a model hands on from its layers is no error of its own, and was judged there."""
+    model, inputs = (
+        DemoDecoder(DemoConfig(layers=16)),
+        {"input_ids": inputs_for("llama", tokens=33)["input_ids"]},
+    )
+    clean = judged(model, stored(model, "fp16"), inputs)
+    assert clean.verdict == "pass", clean.reason
+    assert (clean.site("output.keys").rel_l2 or 0.0) > 4 * 2.0**-12, "within the floor of storing them once"
+    assert clean.site("output.keys").introduced == 0.0
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.layers[5].self_attn.k_proj.weight.mul_(1.1)
+    result = judged(model, stored(wrong, "fp16"), inputs)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.5.key"
+    assert result.site("output.keys").verdict == "pass"
+    assert result.site("output.keys").reason.startswith("propagated")
+
+
+def test_a_fault_beside_a_massive_activation_does_not_hide_below_its_rounding() -> None:
+    model = llama(LAYERS)
+    with torch.no_grad():
+        model.get_submodule("model.embed_tokens").weight[:, 7] = 4000.0
+        for layer in range(LAYERS):
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                gain = model.get_submodule(f"model.layers.{layer}.{norm}").weight
+                gain.fill_(4000.0 / 32**0.5)
+                gain[7] = 0.0
+    clean = judged(model, stored(model, "bf16"))
+    assert clean.verdict == "pass", clean.reason
+    wrong = faulty(model, 3, "o_proj", 2.0)
+    result = judged(model, stored(wrong, "bf16"))
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.3.hidden"
+    site = result.site("layers.3.hidden")
+    assert (site.introduced or 0.0) < 4 * (site.introduced_floor or 0.0), "seen without the channels too"
+
+
+def test_zero_keys_are_compared_although_their_heads_are_all_alike() -> None:
+    model = llama(LAYERS)
+    result = judged(model, faulty(model, 3, "k_proj", 0.0))
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.3.key"
+    assert not result.unmatched

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parent))
 
-import gemma
 import torch
-from recorder import Recorder
 
+from benchmarks.tensorrt import gemma
+from benchmarks.tensorrt.recorder import Recorder
 from divergence.config import Config
 from divergence.pipeline import compare
 from divergence.probes.tensorrt.build import BuildOptions, build_engine
@@ -130,9 +129,7 @@ def one(
         shutil.copy(beside(plan), args.record / name / "sidecar.json")
         (args.record / name / "head").write_bytes(plan.read_bytes()[:HEADER])
     started = time.monotonic()
-    result = compare(
-        reference, cand, given, config=Config(), command=f"case_study.py {args.size} {name}"
-    )
+    result = compare(reference, cand, given, config=Config(), command=f"case_study.py {args.size} {name}")
     wall = time.monotonic() - started
     facts = result.environment["candidate"]
     size = plan.stat().st_size / 2**30

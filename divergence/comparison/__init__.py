@@ -1,6 +1,7 @@
 """Comparison: how two tensors differ.
 
-`metrics` holds the definitions, `cpu` the implementation that compares on the CPU.
+`metrics` holds the definitions, `cpu` the implementation that compares on the CPU with a compiled kernel
+(`kernel`, `loops`).
 """
 
 from __future__ import annotations

@@ -1,32 +1,58 @@
-"""Comparison on the CPU: one pass over both tensors in boxes, float64 accumulators.
+"""Comparison on the CPU: both tensors are read once, in boxes, by a compiled kernel (`kernel`).
 
-A box is a run of consecutive elements of the canonical form, contiguous in memory or not. What is
-held beside the tensors is four float64 planes of one box, the sums of `metrics.PROFILE_ENTRIES`
-entries an axis at most, and the results. The size of a box and the number of threads change the
-order of addition and nothing else: figures agree to a relative 1e-12.
+A box is a run of consecutive elements of the canonical form, contiguous in memory or not. Boxes are
+shared out to torch's number of threads; what each found is added up in the order of the boxes, so the
+number of threads changes no bit of the result. The size of a box changes the order of addition:
+figures agree to a relative 1e-12. What is held beside the tensors is the sums of
+`metrics.PROFILE_ENTRIES` entries an axis at most, and the results of the boxes under way.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from divergence.comparison.metrics import PROFILE_ENTRIES, Metrics, Scan, arrange, assemble
+from divergence.comparison import kernel, loops
+from divergence.comparison.kernel import Box, Mask, Results
+from divergence.comparison.loops import Pool, Side
+from divergence.comparison.metrics import PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
 from divergence.comparison.views import Form, Operands, operands
+from divergence.errors import AlignmentError
 
 if TYPE_CHECKING:
     from divergence.comparison.views import Values
 
-BOX = 1 << 17
-"""Elements in a box: four float64 planes of it are 4 MiB, which stays in cache."""
+BOX = 1 << 20
+"""Elements in a box: about a millisecond of work, against which handing it to a thread is nothing."""
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+UNDER_WAY = 32 << 20
+"""Most bytes that the results of boxes under way may take."""
+
+Floats32 = np.ndarray[Any, np.dtype[np.float32]]
+
+_LOWS = [loops.REF_LOW, loops.CAND_LOW]
+
+_KINDS = {
+    torch.float32: loops.FLOAT32,
+    torch.float64: loops.FLOAT64,
+    torch.bfloat16: loops.BFLOAT16,
+    torch.float16: loops.FLOAT16,
+    torch.int16: loops.INT16,
+    torch.uint16: loops.UINT16,
+    torch.int32: loops.INT32,
+    torch.uint32: loops.UINT32,
+    torch.int64: loops.INT64,
+    torch.uint64: loops.UINT64,
+}
 
 
 def compare(
@@ -37,31 +63,21 @@ def compare(
     mask: Values | None = None,
     box: int = BOX,
     entries: int = PROFILE_ENTRIES,
+    threads: int | None = None,
 ) -> Metrics:
     """Compares two tensors or arrays in one pass.
 
     Args and raises: as `divergence.comparison.compare_tensors`; `box` as `BOX`, `entries` as
-    `metrics.PROFILE_ENTRIES`.
+    `metrics.PROFILE_ENTRIES`; `threads` is torch's number by default.
     """
     given = operands(ref, cand, axes, mask)
-    scanner = _Scanner(given, box, entries)
-    with torch.no_grad(), _one_thread():
-        for part in _boxes(given, box):
-            scanner.add(part)
-    sums = (s.sums.numpy() for s in (scanner.token, scanner.head, scanner.channel))
-    return assemble(scanner.scan(), arrange(given.form, *sums))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for the duration: operators on a box are so short that handing half of each to a
-    second thread gains a third on an idle machine, and costs ten times as much on a busy one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    for tensor in (given.ref, given.cand):
+        _kind(tensor.dtype)
+    total = _Total(given, entries)
+    threads = threads or torch.get_num_threads()
+    for found in _results(total, list(_boxes(given, box)), threads):
+        total.add(found)
+    return assemble(total.scan(), arrange(given.form, total.token.sums, total.head.sums, total.channel.sums))
 
 
 @dataclass(frozen=True)
@@ -73,170 +89,143 @@ class _Box:
     start: tuple[int, int, int, int]
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A box and what the kernel found in it."""
+
+    box: _Box
+    results: Results
+
+
 class _AxisSums:
     """Sums `[5, entries]` over one flattened axis (the fields of `metrics.AxisSums`), pooled."""
 
     def __init__(self, size: int, entries: int) -> None:
-        self.group = math.ceil(size / entries)
-        self.sums = torch.zeros(5, math.ceil(size / self.group), dtype=torch.float64)
+        self.group = -(-size // entries)
+        self.sums = np.zeros((5, -(-size // self.group)))
 
-    def add(self, start: int, sums: torch.Tensor, count: torch.Tensor) -> None:
-        """Adds sums `[4, n]` and counts `[n]` of the members `start` to `start + n`."""
-        first, before = divmod(start, self.group)
-        last = first + math.ceil((before + sums.shape[1]) / self.group)
-        self.sums[1:, first:last] += self._pool(sums, before)
-        self.sums[:1, first:last] += self._pool(count[None], before)
+    def part(self, start: int, length: int) -> tuple[Pool, Floats]:
+        """How `length` members from `start` on are pooled, and zeros for their entries."""
+        before = start % self.group
+        return Pool(self.group, before), np.zeros((5, -(-(before + length) // self.group)))
 
-    def _pool(self, values: torch.Tensor, before: int) -> torch.Tensor:
-        if self.group == 1:
-            return values
-        after = -(before + values.shape[1]) % self.group
-        if before or after:
-            values = torch.nn.functional.pad(values, (before, after))
-        return values.reshape(values.shape[0], -1, self.group).sum(-1)
+    def add(self, start: int, sums: Floats) -> None:
+        """Adds the sums of a part that starts at `start`."""
+        first = start // self.group
+        self.sums[:, first : first + sums.shape[1]] += sums
 
 
-class _Scanner:
-    """Accumulates boxes."""
+class _Total:
+    """What was found in all boxes."""
 
-    def __init__(self, given: Operands, box: int, entries: int) -> None:
+    def __init__(self, given: Operands, entries: int) -> None:
         self.form = given.form
         self.mask = given.mask
         batch, heads, tokens, channels = self.form.pooled
         self.token = _AxisSums(batch * tokens, entries)
         self.head = _AxisSums(heads, entries)
         self.channel = _AxisSums(heads * channels, entries)
-        size = min(box, batch * heads * tokens * channels)
-        self._planes = torch.empty(4 * size, dtype=torch.float64)
-        self._bit_equal = given.ref.dtype == given.cand.dtype
-        self._elements = 0
-        self._abs_sum = 0.0
-        self._nonfinite = [0, 0]
-        self._ranges = [(math.inf, -math.inf), (math.inf, -math.inf)]
-        self._worst = -1.0
-        self._worst_at: tuple[int, ...] = ()
-        self._padded = -1.0
+        self.exponents = np.zeros(loops.BINS, np.int64)
+        self.found = _nothing()
+        self.counts = np.zeros(loops.COUNTS, np.int64)
+        self.worst_at: tuple[int, ...] = ()
+        self.same_dtype = given.ref.dtype == given.cand.dtype
+
+    def starts(self, box: _Box) -> tuple[int, int, int]:
+        """Where a box starts on the flattened token, head and channel axes."""
+        _, _, tokens, channels = self.form.pooled
+        batch, head, token, channel = box.start
+        return batch * tokens + token, head, head * channels + channel
+
+    def scan_box(self, box: _Box) -> _Found:
+        """Runs the kernel on a box. Changes nothing here: several threads may."""
+        ref, cand = box.ref.cpu(), box.cand.cpu()
+        batch, heads, tokens, channels = ref.shape
+        at_token, at_head, at_channel = self.starts(box)
+        token_pool, token = self.token.part(at_token, batch * tokens)
+        head_pool, head = self.head.part(at_head, heads)
+        channel_pool, channel = self.channel.part(at_channel, heads * channels)
+        results = Results(
+            token, head, channel, np.zeros(loops.BINS, np.int64), _nothing(), np.zeros(loops.COUNTS, np.int64)
+        )
+        results.counts[loops.DIFFERENT] = not self.same_dtype
+        sizes = (batch, heads, tokens, channels)
+        work = np.zeros(kernel.work_size(sizes, channel_pool))
+        part = Box(_side(ref), _side(cand), self._mask(box), sizes, token_pool, head_pool, channel_pool)
+        kernel.scan(part, work, results)
+        return _Found(box, results)
+
+    def most_under_way(self, box: _Box, most: int) -> int:
+        """How many results like that of `box` may be held."""
+        batch, heads, tokens, channels = box.ref.shape
+        members = (batch * tokens, heads, heads * channels)
+        entries = sum(
+            length // axis.group + 2
+            for length, axis in zip(members, (self.token, self.head, self.channel), strict=True)
+        )
+        return max(1, min(most, UNDER_WAY // (40 * entries)))
+
+    def _mask(self, box: _Box) -> Mask:
+        if self.mask is None:
+            return Mask(0, 0, 0)
+        batch, token = self.mask.stride()
+        first = self.mask.data_ptr() + box.start[0] * batch + box.start[2] * token
+        return Mask(first, batch, token)
+
+    def add(self, part: _Found) -> None:
+        """Adds a box."""
+        at_token, at_head, at_channel = self.starts(part.box)
+        results = part.results
+        self.token.add(at_token, results.token)
+        self.head.add(at_head, results.head)
+        self.channel.add(at_channel, results.channel)
+        self.exponents += results.exponents
+        self.counts += results.counts
+        if results.found[loops.WORST] > self.found[loops.WORST]:
+            index = np.unravel_index(int(results.counts[loops.WORST_AT]), tuple(part.box.ref.shape))
+            self.worst_at = self.form.index(*(int(i) + s for i, s in zip(index, part.box.start, strict=True)))
+        least = np.minimum(self.found, results.found)
+        absolute = self.found[loops.ABS_SUM] + results.found[loops.ABS_SUM]
+        np.maximum(self.found, results.found, out=self.found)
+        self.found[_LOWS] = least[_LOWS]
+        self.found[loops.ABS_SUM] = absolute
 
     def scan(self) -> Scan:
         """What was found beside the sums."""
-        ranges = [r if r[0] <= r[1] else None for r in self._ranges]
+        found = self.found.tolist()
+        counts = self.counts.tolist()
+        worst, padded = found[loops.WORST], found[loops.PADDED]
+        ref, cand = (
+            (low, found[at + 1]) if (low := found[at]) <= found[at + 1] else None
+            for at in (loops.REF_LOW, loops.CAND_LOW)
+        )
         return Scan(
-            elements=self._elements,
-            ref_nonfinite=self._nonfinite[0],
-            cand_nonfinite=self._nonfinite[1],
-            bit_equal=self._bit_equal,
-            abs_sum=self._abs_sum,
-            max_abs=(self._worst, self._worst_at) if self._worst >= 0 else None,
-            ref_range=ranges[0],
-            cand_range=ranges[1],
-            padded_max_abs=self._padded if self._padded >= 0 else None,
+            elements=counts[loops.ELEMENTS],
+            ref_nonfinite=counts[loops.REF_NONFINITE],
+            cand_nonfinite=counts[loops.CAND_NONFINITE],
+            bit_equal=counts[loops.DIFFERENT] == 0,
+            abs_sum=found[loops.ABS_SUM],
+            max_abs=(worst, self.worst_at) if worst >= 0 else None,
+            ref_range=ref,
+            cand_range=cand,
+            padded_max_abs=padded if padded >= 0 else None,
+            error_exponents=self.exponents,
         )
 
-    def add(self, box: _Box) -> None:
-        """Adds one box."""
-        self._bit_equal = self._bit_equal and _same_bits(box.ref, box.cand)
-        planes = self._planes[: 4 * box.ref.numel()].view(4, *box.ref.shape)
-        _, ref, cand, _ = planes
-        ref.copy_(box.ref)
-        cand.copy_(box.cand)
-        here = self._valid_tokens(box)
-        ranges = [_range(box.ref, ref), _range(box.cand, cand)]
-        finite = all(math.isfinite(x) for pair in ranges for x in pair)
-        if here is None and finite:
-            self._widen(ranges)
-            self._elements += ref.numel()
-            self._sum(box, planes, None)
-        elif here is not None and finite:
-            self._sum(box, planes, self._select_valid(ref, cand, here))
-        else:
-            self._sum(box, planes, self._select_finite(ref, cand, here))
 
-    def _valid_tokens(self, box: _Box) -> torch.Tensor | None:
-        """Mask `[batch, 1, token, 1]` of the box, or None where all its tokens are valid."""
-        if self.mask is None:
-            return None
-        (batch, _, tokens, _), (first_batch, _, first_token, _) = box.ref.shape, box.start
-        here = self.mask[first_batch : first_batch + batch, first_token : first_token + tokens]
-        return None if bool(here.all()) else here[:, None, :, None]
-
-    def _select_valid(self, ref: torch.Tensor, cand: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
-        """Counts the valid elements of a box that is finite throughout, and tells which they are."""
-        valid = here[:, 0, :, 0]
-        self._elements += int(valid.sum()) * ref.shape[1] * ref.shape[3]
-        if bool(valid.any()):
-            low, high = ([fold(p, (1, 3))[valid] for p in (ref, cand)] for fold in (torch.amin, torch.amax))
-            self._widen([(float(a.min()), float(b.max())) for a, b in zip(low, high, strict=True)])
-        self._padded = max(self._padded, float((cand - ref).abs_().amax((1, 3))[~valid].max()))
-        return here.expand_as(ref)
-
-    def _select_finite(
-        self, ref: torch.Tensor, cand: torch.Tensor, here: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Counts what is not finite or not valid, and tells which elements are compared."""
-        finite = [plane.abs() < math.inf for plane in (ref, cand)]
-        valid = torch.ones_like(finite[0]) if here is None else here.expand_as(ref)
-        self._elements += int(valid.sum())
-        ranges = []
-        for side, (plane, ok) in enumerate(zip((ref, cand), finite, strict=True)):
-            inside = valid & ok
-            self._nonfinite[side] += int((valid & ~ok).sum())
-            low, high = (plane.where(inside, fill) for fill in (math.inf, -math.inf))
-            ranges.append((float(low.min()), float(high.max())))
-        self._widen(ranges)
-        both = finite[0] & finite[1]
-        padded = both & ~valid
-        if bool(padded.any()):
-            self._padded = max(self._padded, float((cand - ref).abs_().where(padded, 0.0).max()))
-        return both & valid
-
-    def _widen(self, ranges: list[tuple[float, float]]) -> None:
-        self._ranges = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in zip(self._ranges, ranges, strict=True)]
-
-    def _sum(self, box: _Box, planes: torch.Tensor, used: torch.Tensor | None) -> None:
-        """Adds the sums of a box.
-
-        Args:
-            box: the box.
-            planes: `[4, batch, head, token, channel]`; 1 and 2 hold reference and candidate.
-            used: which elements are compared, or None for all.
-        """
-        error, ref, cand, product = planes
-        if used is not None:
-            ref.masked_fill_(~used, 0.0)
-            cand.masked_fill_(~used, 0.0)
-        torch.sub(cand, ref, out=error).abs_()
-        self._abs_sum += float(error.sum())
-        self._find_worst(box, error if used is None else error.masked_fill(~used, -1.0))
-        torch.mul(ref, cand, out=product)
-        planes[:3].square_()
-        self._pool(box, planes, used)
-
-    def _pool(self, box: _Box, planes: torch.Tensor, used: torch.Tensor | None) -> None:
-        """Adds the sums over tokens, heads and channels of a box; arguments as of `_sum`."""
-        _, batch, heads, tokens, channels = planes.shape
-        rows = planes.sum(4)
-        columns = planes.sum((1, 3)) if batch * tokens > 1 else planes[:, 0, :, 0]
-        if used is None:
-            row_count = rows.new_tensor(channels).expand(batch, heads, tokens)
-            column_count = rows.new_tensor(batch * tokens).expand(heads, channels)
-        else:
-            row_count, column_count = used.sum(3), used.sum((0, 2))
-        first_batch, first_head, first_token, first_channel = box.start
-        _, _, all_tokens, all_channels = self.form.pooled
-        first_row = first_batch * all_tokens + first_token
-        self.token.add(first_row, rows.sum(2).flatten(1), row_count.sum(1).flatten())
-        self.head.add(first_head, rows.sum((1, 3)), row_count.sum((0, 2)))
-        first_column = first_head * all_channels + first_channel
-        self.channel.add(first_column, columns.flatten(1), column_count.flatten())
-
-    def _find_worst(self, box: _Box, error: torch.Tensor) -> None:
-        worst = float(error.max())
-        if worst > self._worst:
-            at = int(error.argmax())
-            steps = (error.stride(0), error.stride(1), error.stride(2), 1)
-            index = [at // step % size for step, size in zip(steps, error.shape, strict=True)]
-            self._worst = worst
-            self._worst_at = self.form.index(*(i + first for i, first in zip(index, box.start, strict=True)))
+def _results(total: _Total, boxes: list[_Box], threads: int) -> Iterator[_Found]:
+    """What was found in each box, in their order; few tensors are large enough for threads."""
+    if threads == 1 or len(boxes) == 1:
+        yield from map(total.scan_box, boxes)
+        return
+    under_way: deque[Future[_Found]] = deque()
+    with ThreadPoolExecutor(min(threads, len(boxes))) as pool:
+        for box in boxes:
+            under_way.append(pool.submit(total.scan_box, box))
+            if len(under_way) >= total.most_under_way(box, 2 * threads):
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
 
 
 def _boxes(given: Operands, limit: int) -> Iterator[_Box]:
@@ -269,13 +258,44 @@ def _slabs(given: Operands) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         yield 0, *whole
 
 
-def _same_bits(ref: torch.Tensor, cand: torch.Tensor) -> bool:
-    bits = _BITS[ref.element_size()]
-    return torch.equal(ref.view(bits), cand.to(ref.device).view(bits))
+def _kind(dtype: torch.dtype) -> int:
+    """How the kernel reads a dtype.
+
+    Raises:
+        AlignmentError: it does not.
+    """
+    if dtype in _KINDS:
+        return _KINDS[dtype]
+    if dtype.itemsize == 1:
+        try:
+            _table(dtype)
+        except RuntimeError:  # packed types have no values of their own
+            pass
+        else:
+            return loops.TABLE
+    raise AlignmentError(f"cannot compare tensors of dtype {dtype}; convert them to float32 first")
 
 
-def _range(raw: torch.Tensor, plane: torch.Tensor) -> tuple[float, float]:
-    """Smallest and largest value, NaN if there is any; of the raw values where they are half the
-    work, else of their float64 plane."""
-    low, high = torch.aminmax(raw if raw.dtype is torch.float32 and raw.device.type == "cpu" else plane)
-    return float(low), float(high)
+@lru_cache
+def _table(dtype: torch.dtype) -> Floats32:
+    """The values of all 256 bit patterns of a dtype of one byte."""
+    patterns = torch.arange(256, dtype=torch.uint8)
+    values = patterns.ne(0) if dtype is torch.bool else patterns.view(dtype)
+    result: Floats32 = values.to(torch.float32).numpy()
+    return result
+
+
+def _side(tensor: torch.Tensor) -> Side:
+    """Where the kernel finds a tensor `[batch, head, token, channel]` on the CPU."""
+    kind = _kind(tensor.dtype)
+    table = _table(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
+    batch, head, token, channel = tensor.stride()
+    return Side(tensor.data_ptr(), batch, head, token, channel, kind, tensor.element_size(), table)
+
+
+def _nothing() -> Floats:
+    """What the kernel has found before it starts."""
+    found = np.full(loops.FOUND, -math.inf)
+    found[loops.ABS_SUM] = 0.0
+    found[_LOWS] = math.inf
+    return found

@@ -39,10 +39,14 @@ if TYPE_CHECKING:
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
+Counts = np.ndarray[Any, np.dtype[np.int64]]
 
 PROFILE_ENTRIES = 1 << 18
 """Most entries that the sums over one axis keep (64 MiB would hold 32 times as many). A longer
 axis is pooled: flattened, each `ceil(length / PROFILE_ENTRIES)` consecutive members make one."""
+
+EXPONENTS = 2048
+"""Of float64: entries of the histogram of errors."""
 
 BINS = 64
 """Most entries of a binned profile."""
@@ -110,6 +114,9 @@ class Metrics:
         padded_max_abs: largest difference of finite values at padded tokens; None if there are none.
         token, head, channel: relative L2 errors, shaped as in `Sums`; NaN where nothing was compared.
         sums: what they were computed from.
+        error_exponents: histogram of |c - r| over the elements compared, `[2048]`: entry k counts
+            2^(k - 1023) <= |c - r| < 2^(k - 1022), the exponents of float64. Entry 0 counts what is
+            smaller than 2^-1022, zeros included, and entry 2047 what overflowed.
     """
 
     elements: int
@@ -135,6 +142,32 @@ class Metrics:
     head: Floats = field(repr=False)
     channel: Floats = field(repr=False)
     sums: Sums = field(repr=False)
+    error_exponents: Counts = field(repr=False)
+
+    def error_percentile(self, percent: float) -> float | None:
+        """What `percent` of the elements compared are not off by more than.
+
+        From a histogram of powers of two: an upper bound of the exact percentile (that of rank
+        `ceil(percent / 100 * compared)`) and at most twice as large; 0 where that is below 2^-1022.
+
+        Args:
+            percent: from 0 to 100.
+
+        Returns:
+            |c - r| in units of the tensor, `max_abs` at most; None where nothing was compared.
+
+        Raises:
+            ValueError: `percent` is not from 0 to 100.
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"a percentile of {percent}: give 0 to 100")
+        if self.max_abs is None:
+            return None
+        rank = max(1, math.ceil(percent / 100 * self.compared))
+        entry = int(np.searchsorted(np.cumsum(self.error_exponents), rank))
+        # The top entry ends beyond float64; the largest error bounds it.
+        bound = 2.0 ** (entry - 1022) if entry < EXPONENTS - 2 else math.inf
+        return min(bound, self.max_abs) if entry else 0.0
 
     def profile(self, bins: int = BINS) -> Profile:
         """Where the error sits, in at most `bins` entries an axis: tokens pooled over the batch,
@@ -160,7 +193,7 @@ class Scan:
         abs_sum: sum of |c - r| over the elements compared.
         max_abs: largest |c - r| and its index, or None where nothing was compared.
         ref_range, cand_range: (min, max) of finite values, or None where there are none.
-        padded_max_abs: see `Metrics`.
+        padded_max_abs, error_exponents: see `Metrics`.
     """
 
     elements: int
@@ -172,6 +205,7 @@ class Scan:
     ref_range: tuple[float, float] | None
     cand_range: tuple[float, float] | None
     padded_max_abs: float | None
+    error_exponents: Counts
 
 
 def relative(err2: Floats, ref2: Floats, count: Floats) -> Floats:
@@ -252,6 +286,7 @@ def assemble(scan: Scan, sums: Sums) -> Metrics:
         head=sums.head.rel_l2(),
         channel=sums.channel.rel_l2(),
         sums=sums,
+        error_exponents=scan.error_exponents,
     )
 
 
@@ -294,6 +329,7 @@ def reference_metrics(
         ref_range=_range(r[valid & np.isfinite(r)]),
         cand_range=_range(c[valid & np.isfinite(c)]),
         padded_max_abs=float(padded.max()) if padded.size else None,
+        error_exponents=np.bincount(diff[used].view(np.int64) >> 52, minlength=EXPONENTS),
     )
     kept = ([x.sum(over) for x in summed] for over in ((1, 3), (0, 2, 3), (0, 2)))
     return assemble(scan, arrange(form, *(_pooled(x, entries) for x in kept)))

@@ -105,7 +105,8 @@ def form_of(shape: tuple[int, ...], axes: tuple[str, ...]) -> Form:
 def as_tensor(values: Values) -> torch.Tensor:
     """A torch view of a tensor or array.
 
-    Copied are only arrays that torch cannot view: negative strides, foreign byte order.
+    Copied are only arrays that torch cannot view (negative strides, foreign byte order) and tensors
+    that torch would negate while reading.
 
     Raises:
         AlignmentError: not real numbers, or neither tensor nor array.
@@ -120,7 +121,7 @@ def as_tensor(values: Values) -> torch.Tensor:
             f"cannot compare tensors of dtype {tensor.dtype} and layout {tensor.layout}; "
             "give dense tensors of real numbers"
         )
-    return tensor.detach()
+    return tensor.detach().resolve_neg()
 
 
 def _from_numpy(values: np.ndarray[Any, Any] | np.generic) -> torch.Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -87,6 +87,8 @@ def read_light(path: Path) -> LightModel:
         SourceError: there is no such file, it is not ONNX or cut off, or a file of external data
             is missing or too short.
     """
+    if path.is_dir():
+        raise SourceError(f"{path}: a folder; name the ONNX file in it")
     if not path.is_file():
         raise SourceError(f"{path}: no such ONNX file; check the path or export the model again")
     resolved = path.resolve()
@@ -100,6 +102,7 @@ def read_light(path: Path) -> LightModel:
             raise SourceError(f"{path}: a Git LFS pointer, not the model; fetch it with `git lfs pull`")
         try:
             proto = ModelProto.FromString(_light_model(data, resolved, root, weights))
+            _check_names(proto.graph)
         except _TruncatedError as error:
             raise SourceError(
                 f"{path}: the ONNX file is cut off after {size} bytes; copy or export it again"
@@ -112,7 +115,12 @@ def read_light(path: Path) -> LightModel:
         proto = onnx.inliner.inline_local_functions(proto)
     for tensor in _external(proto.graph):
         if tensor.name not in weights:
-            weights[tensor.name] = _relocate(path, tensor, root)
+            weight = _located(path, tensor)
+            if weight.length <= _SMALL:
+                _embed(tensor, weight)
+            else:
+                weights[tensor.name] = weight
+                _refer(tensor, weight, root)
     return LightModel(resolved, proto, weights, root)
 
 
@@ -179,8 +187,16 @@ def _refer(tensor: TensorProto, weight: Weight, root: Path) -> None:
         tensor.external_data.add(key=key, value=value)
 
 
-def _relocate(path: Path, tensor: TensorProto, root: Path) -> Weight:
-    """Checks the external data of `tensor` and makes its location relative to `root`."""
+def _embed(tensor: TensorProto, weight: Weight) -> None:
+    with open(weight.file, "rb") as file:
+        file.seek(weight.offset)
+        tensor.raw_data = file.read(weight.length)
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _located(path: Path, tensor: TensorProto) -> Weight:
+    """Where the external data of `tensor` lies, checked."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     location = PurePosixPath(place.get("location", "").replace("\\", "/"))
     if location.is_absolute() or ".." in location.parts or not location.parts:
@@ -188,23 +204,45 @@ def _relocate(path: Path, tensor: TensorProto, root: Path) -> Weight:
             f"{path}: external data of '{tensor.name}' lies at '{location}', outside the model's folder; "
             "save the model again with its data beside it"
         )
-    file = path.parent / location
-    if not file.is_file():
+    # A link to a model may lie beside links to its data, or alone.
+    folders = dict.fromkeys((path.parent, path.resolve().parent))
+    file = next((folder / location for folder in folders if (folder / location).is_file()), None)
+    if file is None:
         raise SourceError(
             f"{path}: external data file '{location}' is missing (initializer '{tensor.name}'); "
             f"copy it to {path.parent}"
         )
-    offset = int(place.get("offset", 0))
-    length = int(place.get("length", 0)) or tensor_bytes(tensor)
+    offset, length = _extent(path, tensor, place)
     size = file.stat().st_size
     if offset + length > size:
         raise SourceError(
             f"{file}: external data is too short: initializer '{tensor.name}' ends at byte "
             f"{offset + length} of {size}; copy or export it again"
         )
-    weight = Weight(file.resolve(), offset, length)
-    _refer(tensor, weight, root)
-    return weight
+    return Weight(file.resolve(), offset, length)
+
+
+def _extent(path: Path, tensor: TensorProto, place: Mapping[str, str]) -> tuple[int, int]:
+    """Offset and length in bytes of the external data of `tensor`."""
+    written = place.get("offset", "0"), place.get("length", "0")
+    if not all(number.isdecimal() for number in written):
+        raise SourceError(
+            f"{path}: external data of '{tensor.name}' has offset '{written[0]}' and length '{written[1]}'; "
+            "export the model again"
+        )
+    offset, length = map(int, written)
+    try:
+        needed = tensor_bytes(tensor)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SourceError(
+            f"{path}: '{tensor.name}' has the unknown data type {tensor.data_type}; export the model again"
+        ) from error
+    if length not in (0, needed):
+        raise SourceError(
+            f"{path}: external data of '{tensor.name}' has {length} bytes, its shape {list(tensor.dims)} "
+            f"takes {needed}; export the model again"
+        )
+    return offset, needed
 
 
 def tensor_bytes(tensor: TensorProto) -> int:
@@ -213,6 +251,16 @@ def tensor_bytes(tensor: TensorProto) -> int:
     if tensor.data_type not in {TensorProto.INT4, TensorProto.UINT4, TensorProto.FLOAT4E2M1}:
         bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     return int(math.prod(tensor.dims) * bits + 7) // 8
+
+
+def _check_names(graph: GraphProto) -> None:
+    """Raises where a name is no text: protobuf hands out what is not UTF-8 as bytes."""
+    names: list[object] = [v.name for v in (*graph.input, *graph.output, *graph.initializer)]
+    for node in graph.node:
+        names += [node.op_type, node.domain, node.name, *node.input, *node.output]
+    names += [text for t in _external(graph) for e in t.external_data for text in (e.key, e.value)]
+    if any(isinstance(name, bytes) for name in names):
+        raise _MalformedError("a name in its graph is not UTF-8")
 
 
 def _external(graph: GraphProto) -> Iterator[TensorProto]:

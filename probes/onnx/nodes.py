@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from divergence.errors import SourceError
 from divergence.probes.onnx.graph import FLOATS, Graph, dtype_name, integer
-from divergence.probes.onnx.roles import depends_on_inputs, find_roles
+from divergence.probes.onnx.roles import find_roles
 from divergence.probes.onnx.scopes import find_layers
+from divergence.probes.onnx.walk import depends_on_inputs
 
 if TYPE_CHECKING:
     from onnx import NodeProto
@@ -27,7 +28,7 @@ class NodeInfo:
         name: its name; that of its first output where it has none.
         op: its operator.
         module: path of the innermost module of the reference that it belongs to; empty if unknown.
-        role: one of `divergence.probes.onnx.roles.ROLES`.
+        role: one of `divergence.probes.onnx.walk.ROLES`.
         stack: name of the layer stack; empty where there is one only.
         layer: index of the layer that it lies in, or None.
         dtype: element type of its first output, as torch calls it (`float32`); empty if unknown.
@@ -50,7 +51,8 @@ class NodeInfo:
 
     def to_json(self) -> dict[str, Any]:
         """The fields that say something, as JSON values."""
-        return {key: value for key, value in asdict(self).items() if value not in ("", None, False)}
+        told = {k: v for k, v in asdict(self).items() if v is not None and v is not False and v != ""}
+        return {"name": self.name, "op": self.op, **told}
 
     @classmethod
     def from_json(cls, value: Any) -> NodeInfo:
@@ -68,7 +70,7 @@ class NodeInfo:
             wanted = {"layer": found is None or integral, "constant": isinstance(found, bool)}
             if not wanted.get(field.name, isinstance(found, str)):
                 raise SourceError(
-                    f"ONNX node {value['name']!r}: {field.name} cannot be {found!r:.40}; build the engine anew"
+                    f"ONNX node {value['name']!r}: {field.name} cannot be {found!r:.40}; build anew"
                 )
             known[field.name] = found
         return cls(**known)

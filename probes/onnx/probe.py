@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections import Counter
@@ -15,7 +16,7 @@ import onnxruntime
 import torch
 
 from divergence.captures import Capture
-from divergence.errors import SourceError
+from divergence.errors import DivergenceError, SourceError, one_line
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx import facts
 from divergence.probes.onnx.cuts import match_cuts
@@ -79,12 +80,13 @@ class OnnxProbe:
         check_provider(provider)
         self.path = os.fspath(path)
         self._model: LightModel = read_light(Path(path))
-        self._graph = Graph(self._model.proto)
+        with _understanding(self.path):
+            self._graph = Graph(self._model.proto)
+            self._map: SiteMap = map_graph(self._graph, sites or {}, reference, self.path)
         self._reference = reference
         self._provider = provider
         self._memory = memory
         self._threads = threads
-        self._map: SiteMap = map_graph(self._graph, sites or {}, reference, self.path)
         self._session: tuple[tuple[str, ...], Session] | None = None
 
     def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:
@@ -107,15 +109,16 @@ class OnnxProbe:
             outputs = self._outputs(run, site_map)
         elif not site_map.found:
             notes.append(f"Of this graph {_NO_SITES}.")
-        return Description(
-            self.path,
-            self.kind,
-            facts.precision(graph),
-            tuple(_info(graph, f) for f in (*site_map.found.values(), *outputs)),
-            {name: _signature(graph, name) for name in graph.inputs},
-            tuple(notes),
-            facts.operators(graph),
-        )
+        with _understanding(self.path):
+            return Description(
+                self.path,
+                self.kind,
+                facts.precision(graph),
+                tuple(_info(graph, f) for f in (*site_map.found.values(), *outputs)),
+                {name: _signature(graph, name) for name in graph.inputs},
+                tuple(notes),
+                facts.operators(graph),
+            )
 
     def locate(
         self, inputs: Mapping[str, torch.Tensor] | None = None, *, detail: bool = False
@@ -187,10 +190,12 @@ class OnnxProbe:
     ) -> tuple[_Run, SiteMap, list[str]]:
         """Checks the inputs and finds the sites that take a run to find."""
         feeds, shapes, notes = feeds_of(self._graph, inputs, self.path)
-        run = _Run(Graph(self._model.proto, shapes), feeds, progress)
+        with _understanding(self.path):
+            run = _Run(Graph(self._model.proto, shapes), feeds, progress)
         site_map = self._map
         if self._reference is not None:
-            site_map = self._by_reference(run, site_map, self._reference)
+            with _understanding(self.path):
+                site_map = self._by_reference(run, site_map, self._reference)
         elif not site_map.found:
             raise SourceError(f"{self.path}: {_NO_SITES}")
         return run, site_map, notes
@@ -246,6 +251,8 @@ class OnnxProbe:
             session = self._session[1]
         else:
             run.progress("loading into onnxruntime", 0, 0)
+            if keep:
+                self._session = None  # before the next one: both would hold the weights
             session = Session(self._model, self._graph, names, self._provider, self._threads)
             if keep:
                 self._session = (names, session)
@@ -265,6 +272,20 @@ class OnnxProbe:
             "nodes": len(self._graph.nodes),
             "found": dict(Counter(found.method for found in wanted)),
         }
+
+
+@contextlib.contextmanager
+def _understanding(path: str) -> Iterator[None]:
+    """Says of a graph that contradicts itself, in whatever way, that it does."""
+    try:
+        yield
+    except DivergenceError:
+        raise
+    except Exception as error:
+        raise SourceError(
+            f"{path}: its graph contradicts itself ({one_line(error)}); see what onnx.checker says of it, "
+            "or export it again"
+        ) from error
 
 
 def _info(graph: Graph, found: Found) -> SiteInfo:

@@ -133,18 +133,23 @@ class PyTorchProbe:
         total = sum(len(stack.layers) for stack in self.stacks)
         own = _OwnKeys(self.stacks, sink)
         done = 0
+        refused: list[Exception] = []
 
         def counted(seen: Observation) -> None:
             nonlocal done
             own.saw(seen)
-            sink(seen)
+            try:
+                sink(seen)
+            except Exception as error:
+                refused.append(error)
+                raise
             if seen.site.tensor == "hidden":
                 done += 1
                 progress(f"running {self.source}", done, total)
 
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
         with evaluating(self.model), observer:
-            outputs = self._forward(inputs)
+            outputs = self._forward(inputs, refused)
         if record:
             self.calls = observer.calls
         if not observer.order:
@@ -159,7 +164,9 @@ class PyTorchProbe:
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
         return tuple(observer.order), tuple(leaves), notes
 
-    def _forward(self, inputs: Mapping[str, Tensor]) -> Any:
+    def _forward(self, inputs: Mapping[str, Tensor], refused: list[Exception]) -> Any:
+        """The model's outputs. What the receiver of its tensors raises, listed in `refused`, goes through
+        the model's own frames and is no fault of the model."""
         device = device_of(self.model)
         moved = {name: tensor.to(device) for name, tensor in inputs.items()}
         try:
@@ -170,6 +177,8 @@ class PyTorchProbe:
         except (InputError, SourceError):
             raise
         except Exception as error:
+            if refused:
+                raise refused[0] from None
             shapes = ", ".join(f"{n} {dtype_name(t.dtype)}{list(t.shape)}" for n, t in inputs.items())
             raise SourceError(
                 f"{self.source}: the model raised {one_line(error)} on inputs {shapes}; "

@@ -177,8 +177,8 @@ def _check_quantised(graph: Graph, wanted: str, model: Path) -> None:
         return
     if not any(node.op_type == "QuantizeLinear" for node in graph.nodes):
         raise ConfigurationError(
-            f"{model}: --precision {wanted} needs a model that says where and how it is quantised, and this one "
-            "has no QuantizeLinear nodes; quantise it on real inputs first (NVIDIA ModelOpt, onnxruntime)"
+            f"{model}: --precision {wanted} needs a model that says where and how it is quantised, and this "
+            "one has no QuantizeLinear nodes; quantise it on real inputs first (NVIDIA ModelOpt, onnxruntime)"
         )
 
 

@@ -97,8 +97,9 @@ def deserialize(logger: Logger, request: Mapping[str, Any]) -> trt.ICudaEngine:
         target = " ".join(theirs[k] for k in ("gpu", "platform") if k in theirs)
         said = " ".join((logger.errors or ["no reason given"])[0].split())[:300]
         raise SourceError(
-            f"{path}: cannot be loaded: it was built by TensorRT {written}{f' for {target}' if target else ''}, "
-            f"and this is TensorRT {ours['tensorrt']} on {ours['gpu']} {ours['platform']} ({said}); "
+            f"{path}: cannot be loaded: it was built by TensorRT {written}"
+            f"{f' for {target}' if target else ''}, and this is TensorRT {ours['tensorrt']} "
+            f"on {ours['gpu']} {ours['platform']} ({said}); "
             "rebuild it here, or check that the file is whole"
         )
     return engine
@@ -226,7 +227,8 @@ def _host(request: Mapping[str, Any]) -> Callable[[Callable[[], trt.ICudaEngine]
     if not file.endswith(".py") or not Path(file).is_file():
         raise SourceError(f"--host {name}: is neither torch, pycuda nor an existing FILE.py:CLASS")
     spec = importlib.util.spec_from_file_location("divergence_host", file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     kind = getattr(module, attribute, None)

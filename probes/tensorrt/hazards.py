@@ -23,7 +23,7 @@ OTHER_BYTE = 0xA5
 _CLAIMS = {
     "synchronised": "results change when the host waits for the device after every step",
     "late inputs": "results change when the copy of the inputs is late: the engine does not wait for it",
-    "late engine": "results change when the engine is late: the host reads its outputs before they are written",
+    "late engine": "results change when the engine is late: the host reads outputs before they are written",
     "repeated": "results change from run to run",
 }
 

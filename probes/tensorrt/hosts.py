@@ -197,7 +197,7 @@ class TorchHost(Host):
 
     def delay(self, stage: Stage) -> None:
         with torch.cuda.stream(self.upload_stream if stage == "upload" else self.stream):
-            torch.cuda._sleep(DELAY_CYCLES)
+            torch.cuda._sleep(DELAY_CYCLES)  # noqa: SLF001 - there is no public way to be slow
 
     def close(self) -> None:
         self.buffers.clear()
@@ -293,7 +293,13 @@ class DebugTensors(trt.IDebugListener):  # type: ignore[misc]  # ships no types
         self._pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
     def process_debug_tensor(
-        self, addr: Any, location: Any, type: Any, shape: Any, name: str, stream: int
+        self,
+        addr: Any,
+        location: Any,
+        type: Any,  # noqa: A002 - TensorRT passes it by this name
+        shape: Any,
+        name: str,
+        stream: int,
     ) -> bool:
         """Called by TensorRT; `addr` is a capsule around the device address."""
         dtype = DTYPES.get(type)

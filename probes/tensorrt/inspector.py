@@ -42,6 +42,7 @@ _WORDS: tuple[tuple[str, str], ...] = (
     ("float", "Float"),
 )
 FLOATING = frozenset({"Double", "Float", "TF32", "Half", "BFloat16", "FP8", "FP4"})
+INTEGRAL = frozenset({"Int64", "Int32", "Int8", "UInt8", "Int4", "Bool"})
 
 _TYPES: Mapping[str, str] = {
     "f64": "Double",

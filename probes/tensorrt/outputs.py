@@ -83,7 +83,8 @@ def name_as_reference(
             if shapes[name] == reference.entries[site].shape
         }
         near = sorted(distances, key=distances.__getitem__)
-        if near and distances[near[0]] < _NEAR and all(distances[n] > _FAR * distances[near[0]] for n in near[1:]):
+        alone = all(distances[name] > _FAR * distances[near[0]] for name in near[1:])
+        if near and alone and distances[near[0]] < _NEAR:
             how = f"output {near[0]} of the engine, by its value"
             named[near[0]] = Found(site, near[0], (), how, "output")
             own.discard(near[0])

@@ -114,7 +114,8 @@ class TensorRTProbe:
         self.close()
         tensors = {io["name"]: io for io in facts["io"]}
         outputs = [name for name, io in tensors.items() if not io["input"]]
-        debug = [o.name for o in self.sidecar.outputs] if self._looks_at_debug else []
+        looks = self.sidecar is not None and self.sidecar.look == "debug"
+        debug = [o.name for o in self.sidecar.outputs] if self.sidecar and looks else []
         found = self._sites([*outputs, *(n for n in debug if n not in outputs)])
         contract = self._contract(facts["inspector"])
         return Description(
@@ -233,10 +234,6 @@ class TensorRTProbe:
         """What it was built in, where its sidecar says so: known before it has run."""
         return self.sidecar.precision if self.sidecar else None
 
-    @property
-    def _looks_at_debug(self) -> bool:
-        return self.sidecar is not None and self.sidecar.look == "debug"
-
     def _sites(self, tensors: list[str]) -> list[Found]:
         stacks = self.reference.facts.stacks if self.reference else ()
         return sites_of(tensors, self.sidecar, self._overrides, str(self.path), stacks)
@@ -277,9 +274,7 @@ class TensorRTProbe:
                 f"The engine gives its final outputs only: they say that it is wrong, not where; {build}."
             ]
         if "hidden" not in layered:
-            return [
-                f"The engine gives no hidden states, so errors cannot be told from what layers inherit; {build}."
-            ]
+            return [f"The engine gives no hidden states: what a layer adds cannot be told apart; {build}."]
         return []
 
     def _observe(
@@ -348,8 +343,8 @@ def _remarks(hazard: Mapping[str, Any], observer: Mapping[str, Any] | None) -> l
     if observer is not None and observer["changed"]:
         worst = max((o["rel_l2"] or 0.0) for o in observer["outputs"].values())
         remarks.append(
-            "Looking changed the engine: its final outputs differ from those of the engine without added outputs "
-            f"by a relative error of {worst:.2g}."
+            "Looking changed the engine: its final outputs differ from those of the engine without added "
+            f"outputs by a relative error of {worst:.2g}."
         )
     elif observer is not None:
         remarks.append("Looking changed nothing: the final outputs equal the plain engine's to the bit.")

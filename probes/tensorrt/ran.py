@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from divergence.probes.onnx.nodes import NodeInfo
-from divergence.probes.onnx.roles import MOVEMENT, PRODUCTS
-from divergence.probes.tensorrt.inspector import EngineLayer, GemmTypes
+from divergence.probes.onnx.walk import MOVEMENT, PRODUCTS
+from divergence.probes.tensorrt.inspector import INTEGRAL, EngineLayer, GemmTypes
 
 MIXED = "mixed"
 UNKNOWN = "unknown"
@@ -20,7 +20,7 @@ _WITNESSES = {
 _ROLE_WITNESS = {"norm": "Mea", "softmax": "Exp"}
 _CAST = "Cas"
 _CUT = "Etc"
-# Their time in a kernel is spent on integers; a cast from these needs one `Cas` each.
+# Scale factors of a product, Float whatever it multiplies.
 _SCALES = ("_alpha", "_beta")
 
 
@@ -76,8 +76,8 @@ def _in_kernel(node: NodeInfo, layer: EngineLayer, bindings: Sequence[str], aske
     types = _floats(layer, bindings)
     accumulator = UNKNOWN if is_product(node) else ""
     if not types:
-        integral = any(tensor.dtype for tensor in (*layer.inputs, *layer.outputs))
-        return Ran(layer, "" if integral else UNKNOWN, accumulator)
+        seen = {tensor.dtype for tensor in (*layer.inputs, *layer.outputs)}
+        return Ran(layer, "" if seen and seen <= INTEGRAL else UNKNOWN, accumulator)
     hidden = _hidden_casts(layer, bindings)
     if asked:
         possible = asked in types or hidden or _CUT in layer.operations
@@ -99,7 +99,8 @@ def _only(types: Sequence[str]) -> str:
 def _floats(layer: EngineLayer, bindings: Sequence[str]) -> list[str]:
     """The floating types of a kernel's tensors, but for scale factors and for inputs and outputs of
     the engine whose type a cast at the edge of the kernel explains."""
-    own, edge = [], []
+    own: list[str] = []
+    edge: list[str] = []
     for tensor in (*layer.inputs, *layer.outputs):
         if tensor.floating and not tensor.name.endswith(_SCALES):
             (edge if tensor.name in bindings else own).append(tensor.dtype)
@@ -124,9 +125,12 @@ def _between_casts(node: NodeInfo, layer: EngineLayer, types: Sequence[str]) -> 
     With two types in all, and every output of one of them, what is cast right after it has been
     computed was of the other.
     """
-    witness = _WITNESSES.get(node.op) or _ROLE_WITNESS.get(node.role, "")
     outputs = {tensor.dtype for tensor in layer.outputs if tensor.floating}
     operations = layer.operations
+    witness = _WITNESSES.get(node.op, "")
+    if not witness and operations[-1:] == (_CAST,):
+        # All of a norm or softmax is where its mean or exponential is, unless more follows the last cast.
+        witness = _ROLE_WITNESS.get(node.role, "")
     if node.op in MOVEMENT or len(types) != 2 or len(outputs) != 1 or witness not in operations:
         return ""
     other = next((dtype for dtype in types if dtype not in outputs), "")

@@ -110,8 +110,9 @@ def load_sidecar(plan: Path) -> Sidecar | None:
         outputs = tuple(
             Output(**{**output, "axes": tuple(output["axes"])}) for output in content.pop("outputs")
         )
-        tuples = {name: tuple(content.pop(name)) for name in ("own_outputs", "nodes", "warnings")}
-        return Sidecar(outputs=outputs, **tuples, **content)
+        for name in ("own_outputs", "nodes", "warnings"):
+            content[name] = tuple(content[name])
+        return Sidecar(outputs=outputs, **content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SourceError(
             f"{path}: not a sidecar of divergence build ({one_line(error)}); build the engine again"
@@ -140,6 +141,7 @@ def _check_digest(plan: Path, expected: str, path: Path) -> None:
     found = digest_of(plan)
     if found != expected:
         raise SourceError(
-            f"{plan}: is not the plan that {path.name} describes (digest {found}, built as {expected}): it is "
-            "damaged, or was replaced; build it again, or remove the sidecar of an engine built elsewhere"
+            f"{plan}: is not the plan that {path.name} describes (digest {found}, built as {expected}): "
+            "it is damaged, or was replaced; build it again, or remove the sidecar of an engine "
+            "that was built elsewhere"
         )

@@ -42,9 +42,10 @@ def _serve(job: str, request: dict[str, Any], answers: TextIO, absent: str) -> N
     def progress(label: str, done: int, total: int) -> None:
         answer(progress=[label, done, total])
 
+    if absent:
+        answer(error=SourceError.__name__, message=absent)
+        return
     try:
-        if absent:
-            raise SourceError(absent)
         answer(result=_job(job)(request, progress))
     except DivergenceError as error:
         answer(error=type(error).__name__, message=str(error))

@@ -6,19 +6,27 @@ To add a probe, write a function that makes its `ProbeCase` in a temporary folde
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
+from divergence import demo, probes
 from divergence.captures import CaptureWriter
 from divergence.inputs import digest
 from divergence.probes import Observation, Progress, RunFacts, Sink, silent
 from divergence.probes.fake import FakeProbe
+from divergence.probes.onnx import OnnxProbe
+from divergence.probes.pytorch import PyTorchProbe
 from divergence.probes.recorded import RecordedProbe
-from divergence.sites import DETAIL_TENSORS
 from tests.probes import contract
 from tests.probes.contract import CHECKS, CaseMaker, ProbeCase
 
@@ -89,6 +97,77 @@ def make_recorded(folder: Path) -> ProbeCase:
     )
 
 
+def _pytorch(gain: float | None = None) -> PyTorchProbe:
+    """The bundled decoder, with one value projection changed if `gain` is given."""
+    model = demo.load()
+    if gain is not None:
+        model.state_dict()["layers.1.self_attn.v_proj.weight"].mul_(gain)
+    return PyTorchProbe(model)
+
+
+DEMO_INPUTS = demo.inputs(batch=2, tokens=11)
+DEMO_WRONG_INPUTS = {
+    "a name is missing": {"attention_mask": DEMO_INPUTS["attention_mask"]},
+    "nothing": {},
+}
+
+
+@case("pytorch")
+def make_pytorch(folder: Path) -> ProbeCase:
+    """The PyTorch probe on the bundled decoder."""
+    del folder
+    return ProbeCase(
+        probe=_pytorch(),
+        same=_pytorch,
+        changed=lambda: _pytorch(gain=1.02),
+        inputs=DEMO_INPUTS,
+        wrong_inputs={**DEMO_WRONG_INPUTS, "a name too many": {**DEMO_INPUTS, "extra": torch.zeros(1)}},
+        describe_needs_inputs=True,
+    )
+
+
+@case("onnx")
+def make_onnx(folder: Path) -> ProbeCase:
+    """The ONNX probe on an export of the bundled decoder."""
+    path, changed = folder / "clean.onnx", folder / "changed.onnx"
+    demo.write_bundled("clean", path)
+    model = onnx.load(path)
+    weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    scaled = numpy_helper.to_array(weight) * np.float32(1.02)
+    weight.CopyFrom(numpy_helper.from_array(scaled, weight.name))
+    onnx.save(model, changed)
+    ids = DEMO_INPUTS["input_ids"]
+    return ProbeCase(
+        probe=OnnxProbe(path),
+        same=lambda: OnnxProbe(path),
+        changed=lambda: OnnxProbe(changed),
+        inputs=DEMO_INPUTS,
+        wrong_inputs={
+            **DEMO_WRONG_INPUTS,
+            "another dtype": {**DEMO_INPUTS, "input_ids": ids.float()},
+            "an axis too many": {**DEMO_INPUTS, "input_ids": ids[None]},
+            "lengths that disagree": {**DEMO_INPUTS, "input_ids": ids[:, 1:]},
+        },
+    )
+
+
+def test_every_probe_has_a_case() -> None:
+    """Under the name of its module or package in `probes/`."""
+
+    def holds_a_probe(name: str) -> bool:
+        module = importlib.import_module(f"{probes.__name__}.{name}")
+        return any(
+            inspect.isclass(member)
+            and member.__module__.startswith(module.__name__)
+            and {"describe", "run"} <= vars(member).keys()
+            for member in vars(module).values()
+        )
+
+    found = {info.name for info in pkgutil.iter_modules(probes.__path__) if holds_a_probe(info.name)}
+    assert {"fake", "recorded", "pytorch", "onnx"} <= found
+    assert found <= CASES.keys()
+
+
 @pytest.fixture(scope="module")
 def probe_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ProbeCase:
     """The case of one probe, made once for all checks."""
@@ -126,8 +205,8 @@ def test_recorded_facts_are_those_of_the_run(tmp_path: Path) -> None:
     assert facts.model_digest == _fake().run(INPUTS, lambda _: None).model_digest
 
 
-class _Shares(FakeProbe):
-    """Hands over its own storage."""
+class _Broken(FakeProbe):
+    """A fake probe that hands over `broken` of what it should."""
 
     def run(
         self,
@@ -137,67 +216,55 @@ class _Shares(FakeProbe):
         detail: bool = False,
         progress: Progress = silent,
     ) -> RunFacts:
-        facts = super().run(inputs, lambda _: None, detail=detail, progress=progress)
-        for site, tensor in self._tensors.items():
-            if detail or site.tensor not in DETAIL_TENSORS:
-                sink(Observation(site, tensor, site.axes if len(site.axes) == tensor.ndim else (), "given"))
-        return facts
+        self.start(inputs, progress)
+
+        def pass_on(seen: Observation) -> None:
+            if (broken := self.broken(seen)) is not None:
+                sink(broken)
+
+        return super().run(inputs, pass_on, detail=detail, progress=progress)
+
+    def start(self, inputs: Mapping[str, torch.Tensor], progress: Progress) -> None:
+        """What goes wrong before a run."""
+
+    def broken(self, seen: Observation) -> Observation | None:
+        return seen
 
 
-class _Drifts(FakeProbe):
+class _Shares(_Broken):
+    """Hands over its own storage."""
+
+    def broken(self, seen: Observation) -> Observation:
+        return replace(seen, tensor=self._tensors[seen.site])
+
+
+class _Drifts(_Broken):
     """Gives other numbers in every run."""
 
     runs = 0
 
-    def run(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        sink: Sink,
-        *,
-        detail: bool = False,
-        progress: Progress = silent,
-    ) -> RunFacts:
+    def start(self, inputs: Mapping[str, torch.Tensor], progress: Progress) -> None:
         self.runs += 1
 
-        def drift(seen: Observation) -> None:
-            sink(Observation(seen.site, seen.tensor + self.runs, seen.axes, seen.found))
-
-        return super().run(inputs, drift, detail=detail, progress=progress)
+    def broken(self, seen: Observation) -> Observation:
+        return replace(seen, tensor=seen.tensor + self.runs)
 
 
-class _Scribbles(FakeProbe):
+class _Scribbles(_Broken):
     """Modifies its inputs."""
 
-    def run(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        sink: Sink,
-        *,
-        detail: bool = False,
-        progress: Progress = silent,
-    ) -> RunFacts:
+    def start(self, inputs: Mapping[str, torch.Tensor], progress: Progress) -> None:
         inputs["ids"].add_(1)
-        return super().run(inputs, sink, detail=detail, progress=progress)
 
 
-class _Misnames(FakeProbe):
+class _Misnames(_Broken):
     """Names an axis too few, skips a site it describes, and counts progress past its total."""
 
-    def run(
-        self,
-        inputs: Mapping[str, torch.Tensor],
-        sink: Sink,
-        *,
-        detail: bool = False,
-        progress: Progress = silent,
-    ) -> RunFacts:
-        def misname(seen: Observation) -> None:
-            if seen.site.layer != 2:
-                sink(Observation(seen.site, seen.tensor, seen.axes[1:], seen.found))
-
-        facts = super().run(inputs, misname, detail=detail)
+    def start(self, inputs: Mapping[str, torch.Tensor], progress: Progress) -> None:
         progress("running", 3, 2)
-        return facts
+
+    def broken(self, seen: Observation) -> Observation | None:
+        return None if seen.site.layer == 2 else replace(seen, axes=seen.axes[1:])
 
 
 @pytest.mark.parametrize(

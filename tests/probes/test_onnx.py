@@ -14,24 +14,15 @@ from torch import Tensor
 from divergence.captures import Capture
 from divergence.errors import InputError, SourceError
 from divergence.pipeline import record
-from divergence.probes import Observation, silent
+from divergence.probes import silent
 from divergence.probes.onnx import OnnxProbe
 from divergence.probes.pytorch import PyTorchProbe
+from tests.exports import exported, laid_out, observed
 from tests.models import MODELS, inputs_for
-from tests.smollm2 import quiet
 
 KINDS = ("llama", "llama-eager", "gemma2", "qwen3", "gpt2", "bert", "opt")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-def exported(model: Any, inputs: Mapping[str, Tensor], path: Path, *, external: bool = False) -> Path:
-    """Exports `model` without its cache."""
-    model.config.use_cache = False
-    with quiet():
-        program: Any = torch.onnx.export(model, (), kwargs=dict(inputs), dynamo=True, verbose=False)
-        program.save(path, external_data=external)
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -47,13 +38,6 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return Lazy()
 
 
-def observed(probe: OnnxProbe, inputs: Mapping[str, Tensor], **options: Any) -> dict[str, Observation]:
-    """Every observation by site."""
-    seen: dict[str, Observation] = {}
-    probe.run(inputs, lambda o: seen.__setitem__(str(o.site), o), **options)
-    return seen
-
-
 def truth(model: Any, inputs: Mapping[str, Tensor], folder: Path) -> Capture:
     """The PyTorch module's own tensors; its probe is tested against transformers' caches."""
     return record(PyTorchProbe(model), inputs, folder / "ref.capture", detail=False, progress=silent)
@@ -62,13 +46,6 @@ def truth(model: Any, inputs: Mapping[str, Tensor], folder: Path) -> Capture:
 def close(a: Tensor, b: Tensor) -> bool:
     """Equal to within fp32 rounding."""
     return torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-def in_layout(seen: Observation) -> Tensor:
-    """The tensor with its axes in the order that sites of its kind have."""
-    if not seen.axes or not seen.site.axes:
-        return seen.tensor
-    return seen.tensor.permute([seen.axes.index(axis) for axis in seen.site.axes])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,7 +59,7 @@ def test_every_site_of_an_export_holds_what_the_module_held(
         if site.layer is None:
             continue
         found = seen[str(site)]
-        assert close(in_layout(found), reference.tensor(site)), (site, found.found)
+        assert close(laid_out(found), reference.tensor(site)), (site, found.found)
 
 
 def test_without_any_names_sites_are_found_by_value(exports: dict[str, Path], tmp_path: Path) -> None:
@@ -99,7 +76,7 @@ def test_without_any_names_sites_are_found_by_value(exports: dict[str, Path], tm
     reference = truth(MODELS["llama"](), inputs, tmp_path)
     seen = observed(OnnxProbe(path, reference=reference), inputs)
     for site in reference.sites:
-        assert close(in_layout(seen[str(site)]), reference.tensor(site)), site
+        assert close(laid_out(seen[str(site)]), reference.tensor(site)), site
         assert site.layer is None or "value" in seen[str(site)].found
 
 

@@ -16,10 +16,10 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from divergence.errors import ConfigurationError
-from divergence.probes import Observation
 from divergence.probes.onnx import OnnxProbe
 from divergence.probes.onnx.names import declared_tensor
 from divergence.probes.onnx.scopes import find_layers
+from tests.exports import laid_out, observed
 from tests.models import MODELS, inputs_for
 from tests.smollm2 import quiet
 
@@ -83,18 +83,6 @@ def truth(kind: str, model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tens
             seen[f"{prefix}layers.{i}.{cross}key"] = layer.keys
             seen[f"{prefix}layers.{i}.{cross}value"] = layer.values
     return seen
-
-
-def observed(probe: OnnxProbe, inputs: Mapping[str, Tensor]) -> dict[str, Observation]:
-    """Every observation by site."""
-    seen: dict[str, Observation] = {}
-    probe.run(inputs, lambda o: seen.__setitem__(str(o.site), o))
-    return seen
-
-
-def laid_out(observation: Observation) -> Tensor:
-    """The tensor with its axes in the site's order."""
-    return observation.tensor.permute([observation.axes.index(axis) for axis in observation.site.axes])
 
 
 def scripted(kind: str, path: Path, inputs: Mapping[str, Tensor]) -> Any:

@@ -13,7 +13,7 @@ def export_dynamic(path: Path) -> Path:
     """Two layers of one product each, `x` `[1, tokens, 32]`, hidden states named as sites."""
     rng = np.random.default_rng(0)
     weights = [rng.standard_normal((32, 32), dtype=np.float32) / 6 for _ in range(2)]
-    shape = [1, "tokens", 32]
+    shape: list[int | str | None] = [1, "tokens", 32]
     graph = helper.make_graph(
         [
             helper.make_node("MatMul", ["x", "w0"], ["layers.0.hidden"], name="first"),

@@ -14,6 +14,7 @@ from divergence.config import Config
 from divergence.demo import load
 from divergence.errors import ConfigurationError, InputError, SourceError
 from divergence.pipeline import compare
+from divergence.probes import Observation
 from divergence.probes.tensorrt.build import BuildOptions, build_engine, parse_shapes
 from divergence.probes.tensorrt.options import EngineOptions
 from divergence.probes.tensorrt.probe import TensorRTProbe
@@ -170,9 +171,7 @@ def test_a_missing_plugin_library_is_named() -> None:
 
 def test_the_sidecar_and_the_timing_cache(tmp_path: Path) -> None:
     out, cache = tmp_path / "a.plan", tmp_path / "timing.cache"
-    options = BuildOptions(
-        precision="fp16", level=1, timing_cache=str(cache), plain=False
-    )
+    options = BuildOptions(precision="fp16", level=1, timing_cache=str(cache), plain=False)
     sidecar = build_engine(onnx(), out, options, inputs=INPUTS)
     assert cache.stat().st_size > 0
     assert load_sidecar(out) == sidecar
@@ -204,10 +203,12 @@ def test_dynamic_shapes_need_a_profile(tmp_path: Path) -> None:
     options = BuildOptions(plain=False, profiles=parse_shapes(["x=1x1x32,1x16x32,1x64x32"]))
     build_engine(path, tmp_path / "b.plan", options)
     for tokens in (1, 16, 64):
-        seen: list[torch.Tensor] = []
-        TensorRTProbe(tmp_path / "b.plan").run(
-            {"x": torch.randn(1, tokens, 32)}, lambda o, seen=seen: seen.append(o.tensor)
-        )
-        assert seen[-1].shape[1] == tokens
+        shapes: list[int] = []
+
+        def sink(observation: Observation, shapes: list[int] = shapes) -> None:
+            shapes.append(observation.tensor.shape[1])
+
+        TensorRTProbe(tmp_path / "b.plan").run({"x": torch.randn(1, tokens, 32)}, sink)
+        assert shapes == [tokens, tokens]
     with pytest.raises(InputError, match="from \\[1, 1, 32\\] to \\[1, 64, 32\\]"):
         TensorRTProbe(tmp_path / "b.plan").run({"x": torch.randn(1, 65, 32)}, lambda _: None)

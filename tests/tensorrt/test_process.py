@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from divergence.errors import InputError, SourceError
@@ -7,7 +9,7 @@ from divergence.probes.tensorrt.process import Worker
 
 
 @pytest.fixture(scope="module")
-def worker() -> Worker:
+def worker() -> Iterator[Worker]:
     with Worker(preload=()) as made:
         yield made
 

@@ -1,0 +1,66 @@
+"""Another activation function, or another approximation of the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from divergence.diagnosis import parts
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault
+from divergence.diagnosis.hypotheses import Trial
+from divergence.diagnosis.trace import Call, Handler
+
+ID = "activation"
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu (erf)": functional.gelu,
+    "gelu (tanh)": lambda x: functional.gelu(x, approximate="tanh"),
+    "quick gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "squared relu": lambda x: functional.relu(x).square(),
+    "no activation": lambda x: x,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def trials(case: Case) -> Iterator[Trial]:
+    """Every activation of the layer replaced by every other one."""
+    for place in parts.activated(case):
+        for name, function in FUNCTIONS.items():
+            yield Trial(
+                key=f"{place.number} {name}",
+                title=f"the activation is {name}, and the reference's is {place.name}",
+                fault=Fault(operators=_handlers(place, function)),
+                parameters=lambda _, name=name, place=place: {"activation": name, "reference": place.name},
+                fix=f"export the activation as {place.name} (hidden_act of the configuration; `approximate` of gelu)",
+            )
+
+
+def _handlers(
+    place: parts.Activated, function: Callable[[Tensor], Tensor]
+) -> Callable[[], dict[int, Handler]]:
+    def make() -> dict[int, Handler]:
+        kept: list[Tensor] = []
+
+        def keep(call: Call) -> object:
+            """Sees the argument: the first operator of a written-out activation."""
+            kept.append(call.args[place.argument] if call.args else call.kwargs["input"])
+            return call.run()
+
+        def replace(call: Call) -> object:
+            if place.first == place.last:
+                return function(call.args[0] if call.args else call.kwargs["input"])
+            call.run()
+            return function(kept[-1])
+
+        return (
+            {place.last: replace} if place.first == place.last else {place.first: keep, place.last: replace}
+        )
+
+    return make

@@ -1,0 +1,54 @@
+"""Attention scores with another scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from divergence.diagnosis import parts
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault
+from divergence.diagnosis.hypotheses import Trial
+from divergence.diagnosis.trace import Call, Handler
+
+ID = "attention_scale"
+
+
+def trials(case: Case) -> Iterator[Trial]:
+    """Query times key, times a factor that is estimated."""
+    for number, attention in enumerate(parts.attentions(case.trace)):
+        if not case.trace.reaches(case.tensor, attention.context):
+            continue
+        root = float(attention.channels) ** 0.5
+        yield Trial(
+            key=f"attention {number}",
+            title="the attention scores are {value:.4g} times the reference's",
+            fault=_fault(attention),
+            starts=(1.0, root, 1 / root, 2.0, 0.5, 0.0),
+            accept=lambda factor: abs(factor - 1) > 1e-5,
+            parameters=lambda factor, root=root: {"factor": factor, **_named(factor, root)},
+            fix="scale query times key by the reference's factor, once: check `scale` of the attention operator against "
+            "1 / sqrt(head_dim), and that the query is not scaled before it too",
+        )
+
+
+def _named(factor: float, root: float) -> dict[str, str]:
+    for value, words in (
+        (root, "no division by sqrt(head_dim)"),
+        (1 / root, "divided by sqrt(head_dim) twice"),
+    ):
+        if abs(factor / value - 1) < 0.01:
+            return {"meaning": words}
+    return {}
+
+
+def _fault(attention: parts.Attention) -> Callable[[float], Fault]:
+    def scaled(factor: float) -> Fault:
+        def handler(call: Call) -> object:
+            position = parts.query_position(call)
+            query = call.args[position] if position < len(call.args) else call.kwargs["query"]
+            return call.replaced(position, "query", query * factor).run()
+
+        handlers: dict[int, Handler] = {attention.scores: handler}
+        return Fault(operators=lambda: handlers)
+
+    return scaled

@@ -1,0 +1,37 @@
+"""The candidate computes something else when it is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from divergence.diagnosis.hypotheses import Told
+
+if TYPE_CHECKING:
+    from divergence.diagnosis.case import Case, Given
+    from divergence.diagnosis.hypotheses import Trial
+
+ID = "observer_effect"
+
+
+def trials(case: Case) -> Iterator[Trial]:  # noqa: ARG001 - nothing to emulate: told from the run alone
+    """None: see `told`."""
+    yield from ()
+
+
+def told(given: Given) -> Told | None:
+    """What the probe found out by running the candidate with and without the sites as outputs."""
+    found = given.facts.details.get("observer")
+    if not isinstance(found, Mapping) or not found.get("changed"):
+        return None
+    size = found.get("max_abs")
+    amount = f" by up to {size:.4g}" if isinstance(size, int | float) else ""
+    return Told(
+        ID,
+        "exposing the sites as outputs changes what the candidate computes",
+        (
+            f"the model's own outputs differ{amount} between the run with and the run without the extra outputs",
+        ),
+        "compare the model's own outputs, or expose fewer sites at a time: an output ends a fusion, so that what was "
+        "measured here is not what runs in production",
+    )

@@ -1,0 +1,135 @@
+"""Keys and values of another run: an earlier call, another place in the cache, another batch row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault, Tensors
+from divergence.diagnosis.hypotheses import Trial, Tried
+from divergence.diagnosis.trace import Call, Handler
+
+ID = "stale_kv"
+
+_FIX = "write keys and values of this call into the cache before it is read: {what}"
+_UNRELATED = 0.2  # cosine below which two tensors have nothing to do with each other
+
+
+def trials(case: Case) -> Iterator[Trial]:
+    """Keys and values of the calls before; of other tokens; of other rows of the batch."""
+    if case.tensor not in ("key", "value"):
+        return
+    for call in range(case.at.call - 1, 0, -1):
+        earlier = _earlier(case, call)
+        if earlier:
+            yield Trial(
+                key=f"call {case.at.call - call}",
+                title=f"key and value are those of call {call}, not of call {case.at.call}",
+                fault=Fault(outputs=_replaced(earlier), operators=_read_in_attention(case, earlier)),
+                parameters=lambda _, call=call: {"call": call},
+                fix=_FIX.format(
+                    what="the engine reads the buffer of the call before, or the host does not update it"
+                ),
+            )
+    for shift in (1, -1):
+        yield Trial(
+            key=f"shift {shift}",
+            title=f"key and value stand {abs(shift)} place {'too late' if shift > 0 else 'too early'} in the cache",
+            fault=Fault(outputs=_moved(lambda t, shift=shift: t.roll(shift, -2))),
+            parameters=lambda _, shift=shift: {"shift": shift},
+            fix=_FIX.format(what="check the cache position that this call writes to"),
+        )
+    if case.clean[case.tensor].shape[0] > 1:
+        yield Trial(
+            key="batch",
+            title="every row of the batch has the keys and values of the first",
+            fault=Fault(outputs=_moved(lambda t: t[:1].expand_as(t))),
+            fix=_FIX.format(what="give every row of the batch its own cache"),
+        )
+
+
+def facts(case: Case) -> Tried | None:
+    """Told without an emulation: keys and values have nothing to do with the reference's, while what attention
+    makes of the layer's input is right and the tensors are as large as they should be."""
+    if not {"key", "value"} <= set(case.failing) or "hidden" in case.failing or "hidden" not in case.error:
+        return None
+    evidence = []
+    for name in ("key", "value"):
+        clean, seen = (case.valid(name, t).flatten() for t in (case.clean[name], case.candidate[name]))
+        cosine = float(torch.nn.functional.cosine_similarity(_spread(clean), _spread(seen), 0))
+        size = float(seen.norm() / clean.norm().clamp(min=1e-30))
+        if cosine > 0.9 or not 0.5 < size < 2:
+            return None
+        evidence.append(
+            f"{case.site_of(name)} is as large as the reference's ({size:.3g} times) and yet another tensor (cosine {cosine:.2g})"
+        )
+    evidence.append(
+        f"{case.site_of('hidden')} passes, so attention in this layer read the right keys and values"
+    )
+    trial = Trial(
+        "other run",
+        "the keys and values that are handed out belong to another run",
+        Fault(),
+        _FIX.format(what="the cache that is returned is not the one that attention reads"),
+    )
+    return Tried(ID, trial, None, evidence=tuple(evidence))
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    return tensor - tensor.mean()
+
+
+def _earlier(case: Case, call: int) -> dict[str, Tensor]:
+    """The candidate's own keys and values of an earlier call, the reference's where it shows none."""
+    found = {}
+    for name in ("key", "value"):
+        site = type(case.at)(case.at.layer, name, case.at.stack, call)
+        tensor = case.given.candidate(site)
+        tensor = case.given.reference(site) if tensor is None else tensor
+        if tensor is not None and name in case.clean and tensor.shape == case.clean[name].shape:
+            found[name] = tensor.to(case.clean[name])
+    return found
+
+
+def _replaced(tensors: Tensors) -> Callable[[Tensors], Tensors]:
+    return lambda seen: {**seen, **tensors}
+
+
+def _moved(function: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda seen: {n: function(t) if n in ("key", "value") else t for n, t in seen.items()}
+
+
+def _read_in_attention(case: Case, tensors: Tensors) -> Callable[[], dict[int, Handler]]:
+    """Makes attention read `tensors`: what operator made key or value returns them."""
+
+    def make() -> dict[int, Handler]:
+        handlers: dict[int, Handler] = {}
+        for name, tensor in tensors.items():
+            index = source_of(case, name)
+            if index is not None:
+                handlers[index] = _returning(tensor)
+        return handlers
+
+    return make
+
+
+def source_of(case: Case, name: str) -> int | None:
+    """The first operator on the way to a site whose result has its shape and is not changed after."""
+    made = case.trace.sites.get(name)
+    if made is None:
+        return None
+    shape = tuple(case.clean[name].shape)
+    near = [case.trace.operators[made], *case.trace.upstream(made)]
+    fitting = [o.index for o in near if o.shape == shape]
+    return max(fitting, default=None)
+
+
+def _returning(tensor: Tensor) -> Handler:
+    def handler(call: Call) -> object:
+        made = call.run()
+        return tensor.to(made) if isinstance(made, Tensor) and made.shape == tensor.shape else made
+
+    return handler

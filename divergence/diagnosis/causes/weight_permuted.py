@@ -1,0 +1,173 @@
+"""A weight whose heads or channels stand in another order, or that is transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from divergence.diagnosis import parts, weights
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.hypotheses import Trial
+
+ID = "weight_permuted"
+
+_FIX = (
+    "map the rows of '{name}' as the reference lays them out: check how the converter splits and joins heads"
+)
+_FEW_HEADS = 8  # all pairs of heads are tried up to this many
+
+
+def trials(case: Case) -> Iterator[Trial]:
+    """The order that the site itself shows; then usual mistakes in every weight."""
+    yield from _shown(case)
+    for part in weights.matrices(case):
+        weight = part.of(weights.parameters(case)[part.name])
+        if weight.shape[0] == weight.shape[1]:
+            yield _trial(part, "transposed", "is transposed", lambda w: w.T, {})
+    for part in weights.matrices(case):
+        yield from _usual(case, part)
+
+
+def _shown(case: Case) -> Iterator[Trial]:
+    """Orders of heads, and of channels, that match the candidate's tensor to the reference's."""
+    if case.tensor not in ("key", "value"):
+        return
+    part = weights.projection(case, case.tensor)
+    if part is None:
+        return
+    clean, seen = (case.valid(case.tensor, t) for t in (case.clean[case.tensor], case.candidate[case.tensor]))
+    heads, size = clean.shape[1], clean.shape[3]
+    if heads > 1:
+        order = matched(*(t.transpose(0, 1).reshape(heads, -1) for t in (clean, seen)))
+        if order is not None:
+            yield _ordered(case, part, "heads", order, size)
+    flat = [t.transpose(1, 3).reshape(t.shape[0], size, -1, heads) for t in (clean, seen)]
+    rows = [t.permute(3, 1, 0, 2).reshape(heads * size, -1) for t in flat]
+    order = matched(rows[0], rows[1])
+    if order is not None:
+        yield _ordered(case, part, "channels", order, 1)
+
+
+def matched(clean: Tensor, seen: Tensor) -> list[int] | None:
+    """For every row of `seen` the row of `clean` that it is, or None where they are no permutation (or
+    in order). Rows `[row, element]` are matched by cosine."""
+    a, b = (torch.nn.functional.normalize(t, dim=1) for t in (clean, seen))
+    order = (b @ a.T).argmax(1).tolist()
+    return order if sorted(order) == list(range(len(order))) and order != sorted(order) else None
+
+
+def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: int) -> Trial:
+    rows = torch.tensor([o * size + i for o in order for i in range(size)])
+    axis = part.axis if part.stop is not None else weights.output_axis(case, part.name)
+    changed = [part]
+    bias = weights.bias_of(case, part)
+    fault = weights.fault(changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)))
+    if bias is not None:
+        changed.append(bias)
+        fault = weights.fault(
+            changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device))
+        )
+    return Trial(
+        key=f"{part} {unit}",
+        title=f"the {unit} of '{part}' stand in another order" + (f": {order}" if len(order) <= 16 else ""),
+        fault=fault,
+        parameters=lambda _: {"parameter": str(part), "unit": unit, "order": order},
+        fix=_FIX.format(name=part.name),
+    )
+
+
+def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
+    """Heads exchanged, shifted or turned round where the site cannot show it (queries, what joins heads);
+    outputs by halves and pairs."""
+    size = _head_size(case)
+    weight = part.of(weights.parameters(case)[part.name])
+    outputs = weights.output_axis(case, part.name)
+    for axis in (outputs, 1 - outputs):
+        side = "output" if axis == outputs else "input"
+        if (
+            case.tensor == "hidden"
+            and size
+            and weight.shape[axis] % size == 0
+            and _holds_heads(case, part, side)
+        ):
+            for words, order in _orders(weight.shape[axis] // size):
+                change = _reordered(axis, order, size)
+                yield _trial(
+                    part, f"{side} heads {words}", f"has its {side} heads {words}", change, {"order": order}
+                )
+    length = weight.shape[outputs]
+    for words, order in (
+        ("halves exchanged", [*range(length // 2, length), *range(length // 2)]),
+        ("halves interleaved", [i // 2 + (i % 2) * (length // 2) for i in range(length)]),
+        ("pairs taken apart", [*range(0, length, 2), *range(1, length, 2)]),
+    ):
+        if length % 2 == 0:
+            yield _trial(
+                part, f"output {words}", f"has its output {words}", _reordered(outputs, order, 1), {}
+            )
+
+
+def _holds_heads(case: Case, part: weights.Part, side: str) -> bool:
+    """Whether an axis of a weight is made of heads: the outputs of a query, the inputs after attention."""
+    trace = case.trace
+    users = [o.index for o in trace.operators.values() if part.name in o.parameters]
+    contexts = [a.context for a in parts.attentions(trace)]
+    if not users or not contexts:
+        return False
+    if side == "output":
+        return part.role == "query" or (
+            not part.role and max(users) < min(contexts) and part.name not in _shown_by(case)
+        )
+    first = min(o.index for o in trace.named("linear", "addmm", "matmul") if o.index > contexts[-1])
+    makers = trace.ancestors(first)
+    return any(u in makers for u in users) and max(users) >= contexts[-1]
+
+
+def _shown_by(case: Case) -> set[str]:
+    return case.trace.reaching("key") | case.trace.reaching("value")
+
+
+def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
+    base = list(range(count))
+    for shift in range(1, count):
+        yield f"shifted by {shift}", base[shift:] + base[:shift]
+    if count > 2:
+        yield "in reverse", base[::-1]
+    pairs = (
+        [(i, j) for i in base for j in base[i + 1 :]]
+        if count <= _FEW_HEADS
+        else [(i, i + 1) for i in base[:-1]]
+    )
+    for i, j in pairs if count > 2 else ():
+        order = list(base)
+        order[i], order[j] = j, i
+        yield f"{i} and {j} exchanged", order
+
+
+def _head_size(case: Case) -> int:
+    """The length of a head, 0 where unknown."""
+    key = case.clean.get("key")
+    return 0 if key is None or key.dim() != 4 else key.shape[3]
+
+
+def _reordered(axis: int, order: list[int], size: int) -> Callable[[Tensor], Tensor]:
+    rows = torch.tensor([o * size + i for o in order for i in range(size)])
+    return lambda w: w.index_select(axis, rows.to(w.device))
+
+
+def _trial(
+    part: weights.Part,
+    key: str,
+    words: str,
+    change: Callable[[Tensor], Tensor],
+    parameters: dict[str, object],
+) -> Trial:
+    return Trial(
+        key=f"{part} {key}",
+        title=f"'{part}' {words}",
+        fault=weights.fault([part], change),
+        parameters=lambda _: {"parameter": str(part), "change": key, **parameters},
+        fix=_FIX.format(name=part.name),
+    )

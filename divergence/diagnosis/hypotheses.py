@@ -1,0 +1,109 @@
+"""A trial: a fault to emulate. A hypothesis: what became of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from divergence.diagnosis.case import Case, Fit, estimate
+from divergence.diagnosis.emulate import Fault
+
+Build = Callable[[float], Fault]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fault to put into the reference.
+
+    Attributes:
+        key: tells it from the other trials of its cause; the same in every layer.
+        title: what is wrong, in words, `{value}` standing for the estimated parameter.
+        fault: the fault itself, or what makes it of a parameter that is estimated.
+        fix: the setting or code to change.
+        starts: where the estimate begins; none where there is nothing to estimate.
+        parameters: what to report, given the estimate.
+        accept: whether the estimate means this cause at all.
+        prior: added to the rank; below 0 for what is unlikely unless it explains clearly more.
+    """
+
+    key: str
+    title: str
+    fault: Fault | Build
+    fix: str
+    starts: tuple[float, ...] = ()
+    parameters: Callable[[float], Mapping[str, Any]] = lambda _: {}
+    accept: Callable[[float], bool] = lambda _: True
+    evidence: Callable[[Case, float], Iterable[str]] = lambda _case, _value: ()
+    prior: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that was made.
+
+    Attributes:
+        id: of its cause.
+        trial: which.
+        fit: how well it explains the error; None where the cause is told from facts alone.
+        value: the estimated parameter; NaN where none was.
+        fault: as put in.
+        rank: higher is better; see `rank`.
+        evidence, against: sentences beside those that follow from the fit.
+    """
+
+    id: str
+    trial: Trial
+    fit: Fit | None
+    value: float = math.nan
+    fault: Fault = field(default_factory=Fault)
+    rank: float = 0.0
+    evidence: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Told:
+    """A cause that the facts of the run tell, without an emulation.
+
+    Attributes:
+        id, title, fix: as of `divergence.result.Cause`.
+        evidence: sentences.
+    """
+
+    id: str
+    title: str
+    evidence: tuple[str, ...]
+    fix: str
+
+
+class CauseModule(Protocol):
+    """One file in `divergence.diagnosis.causes`."""
+
+    ID: str
+
+    @staticmethod
+    def trials(case: Case) -> Iterator[Trial]:
+        """The faults of this kind that could be behind the case, likeliest first."""
+
+
+def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
+    """Puts a trial's fault in; None where its estimate belongs to another cause."""
+    value = math.nan
+    if isinstance(trial.fault, Fault):
+        fault = trial.fault
+    else:
+        value, _ = estimate(case, trial.fault, trial.starts)
+        if not trial.accept(value):
+            return None
+        fault = trial.fault(value)
+    fit = case.fit(fault)
+    return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
+
+
+def rank(case: Case, fit: Fit) -> float:
+    """How good an explanation is: minus the logarithm of what it leaves, at the site and over all tensors
+    of the unit; what the noise makes up counts as explained."""
+    left = [max(1.0 - x, case.noise, 1e-9) for x in (fit.explained, fit.overall)]
+    return -sum(math.log10(x) for x in left) / 2

@@ -1,0 +1,352 @@
+"""Finds the rotary embedding in a layer, wherever its cosines and sines come from, and changes it.
+
+Products with a tensor that does not depend on the hidden input are the mark: two such tensors whose
+squares add up to a constant are cosine and sine. Positions and inverse frequencies are read back from
+them, so that an embedding outside the layers, a table in a buffer and one computed in the layer are
+the same here. RoPE: Su et al. 2021, arXiv:2104.09864.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault, LayerUnit
+from divergence.diagnosis.trace import Call, Handler, Operator, Trace
+
+_FARTHEST = 1 << 14  # largest first position that is looked for
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cosines or sines in canonical form.
+
+    Attributes:
+        shape: of the operand, as it enters products.
+        axis: of its tokens.
+    """
+
+    shape: torch.Size
+    axis: int
+
+    def canonical(self, tensor: Tensor) -> Tensor:
+        """`[rows, token, frequency]` of an operand."""
+        return tensor.movedim(self.axis, -2).reshape(-1, self.shape[self.axis], self.shape[-1])
+
+    def operand(self, canonical: Tensor) -> Tensor:
+        """The operand of a canonical table; one row more than the operand's own become its first axis."""
+        shape = list(torch.empty(self.shape, device="meta").movedim(self.axis, -2).shape)
+        rows = canonical.shape[0]
+        if rows != max(1, _product(shape[:-2])):
+            shape = [rows, *[1] * max(0, len(shape) - 3), *shape[-2:]]
+        return canonical.reshape(shape).movedim(-2, self.axis)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Where one tensor is turned: numbers of the operators that hold it before and after.
+
+    Attributes:
+        before, after: the numbers.
+        table: form of the cosines there.
+    """
+
+    before: int
+    after: int
+    table: Table
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of a layer.
+
+    Attributes:
+        uses: for each product, whether it takes sines, their position among its arguments, their form.
+        positions: `[rows, token]`, whole numbers.
+        frequencies: inverse frequencies `[frequency]`, float32, as many as the tables have columns.
+        amplitude: of cosine and sine, 1 unless the embedding scales attention.
+        turns: the tensors that are turned.
+    """
+
+    uses: Mapping[int, tuple[bool, int, Table]]
+    positions: Tensor
+    frequencies: Tensor
+    amplitude: float
+    turns: tuple[Turn, ...]
+
+    def angles(self, positions: Tensor, frequencies: Tensor) -> Tensor:
+        """Angles in radians `[rows, token, frequency]`, float32 as models compute them."""
+        return positions.float()[:, :, None] * frequencies.float()
+
+    def with_angles(self, angles: Tensor, rounding: Callable[[Tensor], Tensor] = lambda t: t) -> Fault:
+        """The fault of other angles `[rows, token, frequency]`; `rounding` is done to cosines and sines."""
+
+        def make() -> dict[int, Handler]:
+            cos, sin = (rounding(f(angles.float())) * self.amplitude for f in (torch.cos, torch.sin))
+            return {
+                index: _replacing(table.operand(sin if is_sine else cos), at)
+                for index, (is_sine, at, table) in self.uses.items()
+            }
+
+        return Fault(operators=make)
+
+    def with_layout(self, layout: str, sign: float = 1.0) -> Fault:
+        """The fault of turning other pairs of channels: `halves` (i, i + d/2) or `pairs` (2i, 2i + 1)."""
+
+        def make() -> dict[int, Handler]:
+            handlers: dict[int, Handler] = {}
+            for turn in self.turns:
+                kept: list[Tensor] = []
+                handlers[turn.before] = _keeping(kept)
+                handlers[turn.after] = self._turning(turn, kept, layout, sign)
+            return handlers
+
+        return Fault(operators=make)
+
+    def _turning(self, turn: Turn, kept: list[Tensor], layout: str, sign: float) -> Handler:
+        def handler(call: Call) -> object:
+            made = call.run()
+            x = kept[-1]
+            count = x.shape[-1] // 2
+            angles = sign * self.angles(self.positions, self.unique(count))
+            shape = torch.Size((*turn.table.shape[:-1], count))
+            table = Table(shape, turn.table.axis)
+            cos, sin = (table.operand(f(angles) * self.amplitude).to(x.dtype) for f in (torch.cos, torch.sin))
+            turned = turned_by(x, cos, sin, layout)
+            return turned.reshape(made.shape) if turned.numel() == made.numel() else made
+
+        return handler
+
+    def unique(self, count: int) -> Tensor:
+        """The `count` frequencies, each once."""
+        if self.frequencies.numel() == count:
+            return self.frequencies
+        twice = torch.allclose(self.frequencies[:count], self.frequencies[count:], rtol=1e-4)
+        return self.frequencies[:count] if twice else self.frequencies[::2]
+
+
+def turned_by(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+    """Channel pairs of `x` `[..., 2 n]` turned by angles of the given cosines and sines `[..., n]`."""
+    if layout == "pairs":
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def find(case: Case) -> Rotary | None:
+    """The rotary embedding of a case's layer, or None where it has none that is understood."""
+    if "rotary" not in case.memory:
+        case.memory["rotary"] = _find(case)
+    found: Rotary | None = case.memory["rotary"]
+    return found
+
+
+def _find(case: Case) -> Rotary | None:
+    if not isinstance(case.unit, LayerUnit):
+        return None
+    tokens = case.unit.hidden.shape[-2]
+    tables = {i: t for i, t in case.trace.constants.items() if _table(t, tokens) is not None}
+    pairs = _paired(tables)
+    if pairs is None:
+        return None
+    cosines, sines = pairs
+    first = next(iter(cosines))
+    form = _table(tables[first], tokens)
+    sine = next((s for s in sines if tables[s].shape == tables[first].shape), None)
+    if form is None or sine is None:
+        return None
+    cos, sin = (form.canonical(tables[i].to(torch.float64)) for i in (first, sine))
+    amplitude = float((cos.square() + sin.square()).mean().sqrt())
+    read = _read_back(torch.complex(cos, sin) / amplitude)
+    if read is None:
+        return None
+    positions, frequencies = read
+    uses = {}
+    for index, is_sine in [*((i, False) for i in cosines), *((i, True) for i in sines)]:
+        table = _table(tables[index], tokens)
+        assert table is not None
+        uses[index] = (is_sine, case.trace.operators[index].dependent.index(False), table)
+    known = _known(case.given.model.named_buffers(), frequencies)
+    turns = tuple(_turns(case.trace, {i: table for i, (_, _, table) in uses.items()}))
+    return Rotary(uses, positions, known.float(), amplitude, turns)
+
+
+def _table(tensor: Tensor, tokens: int) -> Table | None:
+    """The form of a tensor that could hold cosines: one axis of tokens, at least two frequencies."""
+    if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.shape[-1] < 2 or tokens < 2:
+        return None
+    axes = [i for i in range(tensor.dim() - 1) if tensor.shape[i] == tokens]
+    return Table(tensor.shape, axes[-1]) if axes else None
+
+
+def _paired(tables: Mapping[int, Tensor]) -> tuple[list[int], list[int]] | None:
+    """Which products take cosines and which sines."""
+    distinct: dict[tuple[float, ...], list[int]] = {}
+    for index, tensor in tables.items():
+        wide = tensor.double()
+        mark = (float(wide.sum()), float(wide.abs().sum()), float(wide.square().sum()), *tensor.shape[-1:])
+        distinct.setdefault(mark, []).append(index)
+    groups = list(distinct.values())
+    for i, left in enumerate(groups):
+        for right in groups[i + 1 :]:
+            a, b = tables[left[0]].double(), tables[right[0]].double()
+            if a.shape != b.shape:
+                continue
+            squares = a.square() + b.square()
+            mean = float(squares.mean())
+            if mean > 0.1 and float((squares - mean).abs().max()) < 1e-2 * mean:
+                return (left, right) if float(a.mean()) > float(b.mean()) else (right, left)
+    return None
+
+
+def _read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Positions `[rows, token]` and inverse frequencies of `exp(i position frequency)`."""
+    steps = (unit[:, 1:] * unit[:, :-1].conj()).angle().flatten(0, 1)
+    moving = steps.abs().amax(1) > 1e-6
+    if not bool(moving.any()):
+        return None
+    frequencies = steps[moving].median(0).values
+    fastest = int(frequencies.abs().argmax())
+    if float(frequencies[fastest].abs()) < 1e-6:
+        return None
+    advance = ((unit[:, 1:, fastest] * unit[:, :-1, fastest].conj()).angle() / frequencies[fastest]).round()
+    first = _first_positions(unit[:, 0], frequencies)
+    positions = torch.cat((first[:, None], first[:, None] + advance.cumsum(1)), 1)
+    for _ in range(3):  # the steps alone are known to a few 1e-8; far positions tell more
+        ahead = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
+        frequencies = frequencies + (ahead * positions[:, :, None]).sum(
+            (0, 1)
+        ) / positions.square().sum().clamp(min=1)
+    left = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
+    return (positions, frequencies) if float(left.abs().median()) < 1e-2 else None
+
+
+def _first_positions(unit: Tensor, frequencies: Tensor) -> Tensor:
+    """The whole number at which `exp(i position frequency)` is `unit` `[rows, frequency]`, for each row."""
+    for count in (16, _FARTHEST):
+        starts = torch.arange(count, dtype=torch.float64, device=unit.device)
+        score, first = (unit @ torch.exp(-1j * starts[:, None] * frequencies).T).real.max(1)
+        if bool((score > 0.99 * frequencies.numel()).all()):
+            break
+    return first
+
+
+def _known(buffers: Iterator[tuple[str, Tensor]], frequencies: Tensor) -> Tensor:
+    """The buffer of the model that holds these frequencies, which has every bit of them."""
+    for _, buffer in buffers:
+        if (
+            buffer.dim() != 1
+            or not buffer.is_floating_point()
+            or buffer.numel() not in (frequencies.numel(), frequencies.numel() // 2)
+        ):
+            continue
+        wide = buffer.to(frequencies)
+        for spread in (wide, torch.cat((wide, wide)), wide.repeat_interleave(2)):
+            if spread.shape == frequencies.shape and torch.allclose(
+                spread, frequencies, rtol=1e-3, atol=1e-9
+            ):
+                return spread
+    return frequencies
+
+
+def _turns(trace: Trace, uses: Mapping[int, Table]) -> Iterator[Turn]:
+    """The tensors that the products turn: from the last operator before them to the first after."""
+    joined = [o for o in trace.named("add", "sub") if len(o.inputs) == 2 and all(i in uses for i in o.inputs)]
+    done: set[int] = set()
+    for position, operator in enumerate(joined):
+        if operator.index in done:
+            continue
+        width = operator.shape[-1]
+        table = uses[next(i for i in operator.inputs if i is not None)]
+        parts = joined[position : position + 2]
+        after = _meeting(trace, parts, 2 * width) if len(parts) == 2 else None
+        before = _common(trace, parts, 2 * width) if after is not None else None
+        if before is None or after is None:
+            parts, after, before = [operator], operator, _common(trace, [operator], width)
+        if before is None:
+            continue
+        done |= {p.index for p in parts}
+        yield Turn(before, after.index, table)
+
+
+def _common(trace: Trace, joined: list[Operator], width: int) -> int | None:
+    """The last operator of that width that everything turned comes from by moving channels alone."""
+    sets = []
+    for operator in joined:
+        for product in operator.inputs:
+            assert product is not None
+            inputs = trace.operators[product]
+            source = next((i for i, d in zip(inputs.inputs, inputs.dependent, strict=True) if d), None)
+            if source is None:
+                return None
+            near = (
+                {source} | {o.index for o in trace.upstream(source)}
+                if trace.operators[source].name in _MOVES
+                else {source}
+            )
+            sets.append(near)
+    shared = [i for i in set.intersection(*sets) if trace.operators[i].shape[-1:] == (width,)]
+    return max(shared, default=None)
+
+
+_MOVES = frozenset(
+    {
+        "getitem",
+        "cat",
+        "neg",
+        "chunk",
+        "split",
+        "unbind",
+        "stack",
+        "select",
+        "narrow",
+        "reshape",
+        "view",
+        "flatten",
+        "unflatten",
+        "roll",
+        "concat",
+        "float",
+        "to",
+    }
+)
+
+
+def _meeting(trace: Trace, parts: list[Operator], width: int) -> Operator | None:
+    """The first operator of that width after both parts that joins them."""
+    both = {p.index for p in parts}
+    for operator in trace.operators.values():
+        if operator.index > max(both) and operator.shape[-1:] == (width,):
+            near = {operator.index} | {o.index for o in trace.upstream(operator.index, _MOVES)}
+            if both <= near:
+                return operator
+    return None
+
+
+def _replacing(table: Tensor, at: int) -> Handler:
+    def handler(call: Call) -> object:
+        new = table.to(call.args[at].device, call.args[at].dtype)
+        return call.func(*(new if i == at else a for i, a in enumerate(call.args)), **call.kwargs)
+
+    return handler
+
+
+def _keeping(kept: list[Tensor]) -> Handler:
+    def handler(call: Call) -> object:
+        made = call.run()
+        kept.append(made)
+        return made
+
+    return handler
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

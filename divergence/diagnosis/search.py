@@ -1,0 +1,366 @@
+"""Looks for the cause of every error that enters, first things first.
+
+The first layer that fails is looked at alone: every cause is put into the reference's layer, on the
+candidate's own input to it, until one leaves no more than noise. Then the fault found is put into
+the next layer that fails; only what it leaves there is looked for anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from divergence.diagnosis import narrow, nonfinite
+from divergence.diagnosis.case import ENOUGH, Case, Given, figure
+from divergence.diagnosis.causes import CAUSES, NONFINITE
+from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
+from divergence.diagnosis.hypotheses import Told, Tried, attempt
+from divergence.errors import one_line
+from divergence.probes import Progress, silent
+from divergence.result import Cause, Hypothesis, SiteResult
+from divergence.sites import Site
+
+if TYPE_CHECKING:
+    from divergence.probes.pytorch import PyTorchProbe
+    from divergence.replay import Replayer
+
+_CONVINCING = 0.9
+_LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
+_RUNS = 250  # emulations after which no further layer is searched in full
+_PER_LAYER = 3  # independent faults looked for in one layer
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Attributes:
+        causes: best first for every site, sites in execution order.
+        hypotheses: everything that was tried.
+        notes: what was left out, a sentence each.
+    """
+
+    causes: list[Cause] = field(default_factory=list)
+    hypotheses: list[Hypothesis] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Search:
+    """Looks for causes in the layers of a reference.
+
+    Args:
+        given: what all cases share.
+        probe: the reference, after a run with `record=True`.
+        replayer: runs its layers.
+        introduced: whether results tell the error that a layer introduces; otherwise all but the first
+            layer's error may come from before.
+    """
+
+    def __init__(self, given: Given, probe: PyTorchProbe, replayer: Replayer, *, introduced: bool) -> None:
+        self._given = given
+        self._probe = probe
+        self._replayer = replayer
+        self._introduced = introduced
+        self._starts: Mapping[tuple[str, int], Any] | None = None
+        self._runs = 0
+
+    def run(self, progress: Progress = silent) -> Found:
+        """Searches the failing layers in execution order."""
+        found = Found()
+        self._told(found)
+        known: list[Tried] = []
+        groups = list(self._groups())
+        searched = 0
+        for done, failing in enumerate(groups):
+            progress("looking for the cause", done, len(groups))
+            lost = nonfinite.has_lost(failing)
+            case = self._nonfinite(failing[0]) if lost else self._case(failing)
+            if case is None or (lost and not case.nonfinite):
+                continue
+            again = None if lost else _recognised(case, known)
+            if again is not None:
+                _extend(found, again, case)
+                case = _remaining(case, again)
+                if case is None:
+                    continue
+            if searched == _LAYERS or self._runs > _RUNS:
+                left = len(groups) - done
+                found.notes.append(
+                    f"causes were looked for in {searched} layers; {left} more that fail were not searched"
+                )
+                break
+            searched += 1
+            results = self._search(case, found, failing[0].site)
+            known += results
+            if lost or not self._introduced:
+                break  # what follows is made of this
+        return found
+
+    def _told(self, found: Found) -> None:
+        """Causes that the facts of the run tell."""
+        first = next((r.site for r in self._given.results.values() if r.verdict == "fail"), "")
+        for module in CAUSES:
+            tell = getattr(module, "told", None)
+            told: Told | None = tell(self._given) if tell is not None else None
+            if told is not None:
+                found.causes.append(Cause(told.id, told.title, told.evidence, None, told.fix, first))
+                found.hypotheses.append(Hypothesis(first, told.id, told.title, told.evidence, fix=told.fix))
+
+    def _nonfinite(self, failing: SiteResult) -> Case | None:
+        """The case of the first site that is not finite, padding included."""
+        site = nonfinite.origin(self._given, failing)
+        unit = OutsideUnit(self._replayer, self._probe.model) if site.layer is None else self._layer(site)
+        if unit is None:
+            return None
+        case = Case(self._given, unit, site, (site.tensor,))
+        return case if site.tensor in case.candidate else None
+
+    def _groups(self) -> Iterator[list[SiteResult]]:
+        """Failing sites by layer call, in execution order."""
+        groups: dict[tuple[str, int | None, int], list[SiteResult]] = {}
+        for result in self._given.results.values():
+            if result.verdict == "fail":
+                groups.setdefault((result.stack, result.layer, result.call), []).append(result)
+        yield from groups.values()
+
+    def _case(self, failing: Sequence[SiteResult]) -> Case | None:
+        first = failing[0]
+        site = Site.parse(first.site)
+        names = tuple(r.tensor for r in failing)
+        if site.layer is None:
+            case = Case(self._given, OutsideUnit(self._replayer, self._probe.model), site, names)
+        else:
+            unit = self._layer(site)
+            if unit is None:
+                return None
+            case = Case(self._given, unit, site, names)
+        return case if site.tensor in case.candidate else None
+
+    def _layer(self, site: Site) -> LayerUnit | None:
+        calls = {(c.stack, c.layer, c.call): c for c in self._probe.calls}
+        call = calls.get((site.stack, site.layer or 0, site.call))
+        if call is None or call.hidden_at is None:
+            return None
+        if call.layer == 0 and self._starts is None:
+            try:
+                self._starts, _ = self._replayer.run_outside(None)
+            except Exception:
+                self._starts = {}
+        hidden = self._replayer.input_of(call, self._starts or {})
+        if hidden is None:
+            hidden = self._given.reference(Site(call.layer - 1, "hidden", call.stack, call.call))
+        return None if hidden is None else LayerUnit(self._replayer, call, hidden, self._stack(site.stack))
+
+    def _stack(self, name: str) -> Sequence[Any]:
+        return next((s.layers for s in self._probe.stacks if s.name == name), ())
+
+    def _search(self, case: Case | None, found: Found, site: str) -> list[Tried]:
+        """Searches a layer until nothing is left to explain; returns what was found.
+
+        Args:
+            case: the layer.
+            found: is added to.
+            site: where the error shows first, if it is not where it arises (NaN at padding).
+        """
+        results: list[Tried] = []
+        for _ in range(_PER_LAYER):
+            if case is None:
+                break
+            tried = investigate(case)
+            self._runs += case.memory.get("runs", 0)
+            case, tried = self._before(case, tried)
+            found.hypotheses += [_hypothesis(case, t) for t in tried]
+            found.notes += case.notes
+            shown = site if not results else str(case.at)
+            if not tried or tried[0].fit is None or not tried[0].fit.convincing:
+                found.causes.append(replace(_from_facts(case, found) or _unknown(case, tried), site=shown))
+                break
+            best = tried[0]
+            results.append(best)
+            found.causes.append(replace(_cause(case, best), site=shown))
+            case = None if case.nonfinite else _remaining(case, best)
+        return results
+
+    def _before(self, case: Case, tried: list[Tried]) -> tuple[Case, list[Tried]]:
+        """Where the candidate shows no hidden states and nothing was found in the layer itself: the layer
+        before, whose output only the keys and values of this one show."""
+        unit = case.unit
+        if _convinces(tried) or not isinstance(unit, LayerUnit) or not case.at.layer or case.applied:
+            return case, tried
+        before = Site(case.at.layer - 1, "hidden", case.at.stack, case.at.call)
+        if self._given.candidate(before) is not None:
+            return case, tried
+        earlier = self._layer(before)
+        if earlier is None:
+            return case, tried
+        spanning = LayerUnit(self._replayer, earlier.call, earlier.hidden, earlier.stack, after=unit.call)
+        other = replace(case, unit=spanning, notes=[], memory={})
+        again = investigate(other)
+        return (other, again) if _convinces(again) else (case, tried)
+
+
+def investigate(case: Case) -> list[Tried]:
+    """The best trial of every cause, best first. Ends early when one leaves nothing but noise."""
+    best: list[Tried] = []
+    for module in NONFINITE if case.nonfinite else CAUSES:
+        tried: Tried | None = None
+        for trial in module.trials(case):
+            try:
+                made = attempt(case, module.ID, trial)
+            except (
+                Exception
+            ) as error:  # an emulation that a model's code cannot bear says nothing of the cause
+                case.notes.append(f"{module.ID} could not be emulated in {case.at} ({one_line(error)})")
+                break
+            if made is not None and (tried is None or made.rank > tried.rank + 0.05):
+                tried = made
+            if made is not None and _settled(case, made):
+                break
+        if tried is not None:
+            best.append(tried)
+            if _settled(case, tried):
+                break
+    return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
+
+
+def _convinces(tried: Sequence[Tried]) -> bool:
+    return bool(tried) and tried[0].fit is not None and tried[0].fit.convincing
+
+
+def _settled(case: Case, tried: Tried) -> bool:
+    """Whether what a fault leaves unexplained is noise, at every tensor of the unit."""
+    fit = tried.fit
+    if fit is None or fit.shown:
+        return False
+    return fit.explained >= 1 - 4 * case.noise and fit.overall > 0.97 and fit.explained > 0.97
+
+
+def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
+    """A fault found before that explains this case too."""
+    for tried in known:
+        for module in CAUSES:
+            if tried.id != module.ID:
+                continue
+            for trial in module.trials(case):
+                if trial.key == tried.trial.key:
+                    again = attempt(case, module.ID, trial)
+                    if again is not None and again.fit is not None and again.fit.convincing:
+                        return again
+    return None
+
+
+def _remaining(case: Case, tried: Tried) -> Case | None:
+    """The case of what a fault leaves in the unit, None where that is within the limits."""
+    fit = tried.fit
+    if fit is None:
+        return None
+    # Explaining an error to within a few per cent leaves a rest of many times the floor in fp32.
+    failing = [
+        name
+        for name in case.failing
+        if fit.left.get(name, 0.0) > case.given.limit and fit.each.get(name, 0.0) < _CONVINCING
+    ]
+    if not failing or failing[0] == case.tensor:
+        return None
+    return case.with_applied(tried.fault, case.site_of(failing[0]), tuple(failing))
+
+
+def _extend(found: Found, again: Tried, case: Case) -> None:
+    """Adds a site to a cause that was found before."""
+    for i, cause in enumerate(found.causes):
+        if cause.id == again.id:
+            sites = [*cause.parameters.get("sites", [cause.site]), str(case.at)]
+            found.causes[i] = replace(cause, parameters={**cause.parameters, "sites": sites})
+            return
+
+
+def _cause(case: Case, tried: Tried) -> Cause:
+    evidence, _ = _evidence(case, tried)
+    fit = tried.fit
+    return Cause(
+        tried.id,
+        _title(tried),
+        evidence,
+        fit.explained if fit else None,
+        tried.trial.fix,
+        str(case.at),
+        dict(tried.trial.parameters(tried.value)),
+    )
+
+
+def _title(tried: Tried) -> str:
+    return tried.trial.title.format(value=tried.value)
+
+
+def _hypothesis(case: Case, tried: Tried) -> Hypothesis:
+    evidence, against = _evidence(case, tried)
+    return Hypothesis(
+        str(case.at),
+        tried.id,
+        _title(tried),
+        evidence,
+        against,
+        dict(tried.trial.parameters(tried.value)),
+        tried.fit.explained if tried.fit else None,
+        tried.fit.overall if tried.fit else None,
+        tried.trial.fix,
+    )
+
+
+def _evidence(case: Case, tried: Tried) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What speaks for and against a trial: the shares, tensor by tensor, and what the cause adds."""
+    supporting, against = list(tried.evidence), list(tried.against)
+    fit = tried.fit
+    if fit is not None:
+        for name, explained in fit.each.items():
+            what = "places that are not finite" if case.nonfinite else "error"
+            words = f"put into the reference it explains {100 * explained:.4g} % of the {what} of {case.site_of(name)}"
+            (supporting if explained > ENOUGH else against).append(words)
+        for name, times in fit.shown.items():
+            against.append(f"it would show at {case.site_of(name)} ({times:.3g}x the floor), which passes")
+        if fit.explained > ENOUGH:
+            supporting += tried.trial.evidence(case, tried.value)
+            supporting += list(nonfinite.facts(case)) if case.nonfinite else _untouched(case, fit.each)
+    return tuple(supporting), tuple(against)
+
+
+def _untouched(case: Case, each: Mapping[str, float]) -> list[str]:
+    """Sentences on tensors of the layer that pass."""
+    return [
+        f"{case.site_of(name)} passes ({figure(result.introduced_ratio or result.ratio)}x its floor), as it should"
+        for name in case.error
+        if name not in each and (result := case.result_of(name)) is not None and result.verdict == "pass"
+    ]
+
+
+def _from_facts(case: Case, found: Found) -> Cause | None:
+    """The first cause that facts alone tell."""
+    for module in CAUSES:
+        tell = getattr(module, "facts", None)
+        told = tell(case) if tell is not None else None
+        if told is not None:
+            found.hypotheses.append(_hypothesis(case, told))
+            return _cause(case, told)
+    return None
+
+
+def _unknown(case: Case, tried: Sequence[Tried]) -> Cause:
+    closest = [
+        f"{t.id} {100 * t.fit.explained:.3g} %"
+        for t in tried[:3]
+        if t.fit is not None and t.fit.explained > 0.02
+    ]
+    evidence = list(nonfinite.facts(case)) if case.nonfinite else narrow.facts(case)
+    if closest:
+        evidence.append(f"closest of {len(tried)} causes tried: {', '.join(closest)} of the error explained")
+    else:
+        evidence.append(f"none of {len(tried)} causes tried explains any of the error")
+    return Cause(
+        "unknown",
+        "no known cause explains more than half of the error",
+        tuple(evidence),
+        None,
+        f"replay {case.at} alone with --repro DIR, and compare inside the layer with --detail",
+        str(case.at),
+    )

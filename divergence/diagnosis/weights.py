@@ -1,0 +1,177 @@
+"""The weights of a unit, fused projections taken apart into query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Change, Fault
+
+_PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter, or the rows of one that make the query, the key or the value.
+
+    Attributes:
+        name: of the parameter within the unit.
+        role: `query`, `key` or `value` where it is a part of a fused one, else "".
+        axis: along which the parts lie: that of the outputs.
+        start, stop: the part, all of it where `stop` is None.
+    """
+
+    name: str
+    role: str = ""
+    axis: int = 0
+    start: int = 0
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.role})" if self.role else self.name
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """The part as a view."""
+        stop = parameter.shape[self.axis] if self.stop is None else self.stop
+        return parameter.narrow(self.axis, self.start, stop - self.start)
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> Change:
+        """A change of the parameter that changes this part alone."""
+
+        def changed(parameter: Tensor) -> Tensor:
+            if self.stop is None:
+                return function(parameter)
+            copy = parameter.clone()
+            self.of(copy).copy_(function(self.of(parameter)))
+            return copy
+
+        return changed
+
+
+def fault(parts: list[Part] | tuple[Part, ...], function: Callable[[Tensor], Tensor]) -> Fault:
+    """The fault of `function` done to every part."""
+    changes: dict[str, Change] = {}
+    for part in parts:
+        change = part.change(function)
+        before = changes.get(part.name)
+        changes[part.name] = change if before is None else _then(before, change)
+    return Fault(parameters=changes)
+
+
+def _then(first: Change, second: Change) -> Change:
+    return lambda parameter: second(first(parameter))
+
+
+def matrices(case: Case) -> list[Part]:
+    """The weights with two axes or more that the site depends on."""
+    return [part for name in _named(case, 2) for part in _parts(case, name)]
+
+
+def scopes(case: Case) -> list[tuple[str, list[Part]]]:
+    """Weights that one fault may have changed, with a name: each alone, then all matrices of the unit."""
+    each = [(f"'{part}'", [part]) for part in matrices(case)]
+    every = [
+        Part(name)
+        for name, parameter in parameters(case).items()
+        if parameter.dim() >= 2
+        and parameter.is_floating_point()
+        and (case.is_layer or name in case.trace.reaching(case.tensor))
+    ]
+    return [*each, ("every weight", every)] if len(every) > 1 else each
+
+
+def biases(case: Case) -> list[Part]:
+    """The biases that the site depends on."""
+    found = [
+        n for n in _named(case, 1) if "bias" in n.rpartition(".")[2] or n.rpartition(".")[2].startswith("b_")
+    ]
+    return [part for name in found for part in _parts(case, name)]
+
+
+def gains(case: Case) -> list[Part]:
+    """The gains of norms that the site depends on."""
+    taken = {part.name for part in biases(case)}
+    return [Part(n) for n in _named(case, 1) if n not in taken]
+
+
+def projection(case: Case, tensor: str) -> Part | None:
+    """The weight that a site's tensor is projected with: the last one on the way to it."""
+    made = case.trace.sites.get(tensor)
+    if made is None:
+        return None
+    named = parameters(case)
+    for index in sorted(case.trace.ancestors(made), reverse=True):
+        operator = case.trace.operators[index]
+        for name in operator.parameters:
+            if named[name].dim() == 2 and operator.name in _PRODUCTS:
+                found = _parts(case, name)
+                return next(
+                    (part for part in found if part.role == tensor), found[0] if len(found) == 1 else None
+                )
+    return None
+
+
+def bias_of(case: Case, part: Part) -> Part | None:
+    """The bias that belongs to a weight."""
+    name = f"{part.name.rpartition('.')[0]}.bias".lstrip(".")
+    return Part(name, part.role, 0, part.start, part.stop) if name in parameters(case) else None
+
+
+def parameters(case: Case) -> Mapping[str, Tensor]:
+    """The unit's parameters by name."""
+    return dict(case.unit.module.named_parameters())
+
+
+def _named(case: Case, axes: int) -> list[str]:
+    reaching = case.trace.reaching(case.tensor)
+    return [
+        name
+        for name, parameter in parameters(case).items()
+        if name in reaching and parameter.is_floating_point() and (parameter.dim() == 1) == (axes == 1)
+    ]
+
+
+def _parts(case: Case, name: str) -> list[Part]:
+    """A fused projection of query, key and value in parts: what lies before the last two widths is the query."""
+    key, value = (case.clean.get(t) for t in ("key", "value"))
+    if key is None or value is None or key.dim() != 4 or value.dim() != 4:
+        return [Part(name)]
+    if not all(name in case.trace.reaching(t) for t in ("key", "value") if t in case.trace.sites):
+        return [Part(name)]
+    parameter = parameters(case)[name]
+    axis = output_axis(case, name) if parameter.dim() == 2 else 0
+    widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
+    total = parameter.shape[axis]
+    if not _is_projection(case, name) or total <= sum(widths):
+        return [Part(name)]
+    starts = (0, total - sum(widths), total - widths[1], total)
+    found = [
+        Part(name, role, axis, starts[i], starts[i + 1]) for i, role in enumerate(("query", "key", "value"))
+    ]
+    if case.tensor in ("key", "value"):
+        return [part for part in found if part.role == case.tensor]
+    return found
+
+
+def _is_projection(case: Case, name: str) -> bool:
+    users = [o for o in case.trace.operators.values() if name in o.parameters]
+    return bool(users) and all(
+        o.name in (*_PRODUCTS, "getitem", "to", "float", "T", "t", "transpose") for o in users
+    )
+
+
+def output_axis(case: Case, name: str) -> int:
+    """1 where the weight is `[in, out]` (GPT-2's Conv1D), else 0."""
+    for operator in case.trace.operators.values():
+        if name in operator.parameters and operator.name in ("addmm", "matmul"):
+            return 1
+    return 0
+
+
+def inner_length(case: Case, name: str) -> int:
+    """Number of terms in the sums of a product with this weight; 1 for a bias."""
+    parameter = parameters(case)[name]
+    return parameter.shape[1 - output_axis(case, name)] if parameter.dim() == 2 else 1
