@@ -66,8 +66,8 @@ def _site(suite: ET.Element, site: SiteResult, comparison: Comparison) -> None:
         "range: reference {}, candidate {}".format(*ranges),
     ]
     first = comparison.first_divergence
-    if first is not None and first.site == site.site:
-        for cause in comparison.causes:
+    for cause in comparison.causes:
+        if site.site == (cause.site or (first.site if first else "")):
             lines += [f"cause: {cause.title}", *(f"  {line}" for line in cause.evidence), f"fix: {cause.fix}"]
     kind = "failure" if site.verdict == "fail" else "error"
     _outcome(case, kind, "divergence", f"{site.site}: {words}", "\n".join(map(plain, filter(None, lines))))

@@ -12,7 +12,7 @@ import re
 from divergence.reports import counted, judged, plain, times
 from divergence.reports.layers import Fold, Row, grouped, layer_rows
 from divergence.reports.words import error_of, explained, judged_by, limits, story, tally
-from divergence.result import Comparison, SiteResult, Unmatched
+from divergence.result import Cause, Comparison, SiteResult, Unmatched
 
 MAX_LINES = 60
 _TABLE_ROWS = 22
@@ -66,9 +66,14 @@ def _causes(comparison: Comparison) -> list[str]:
     if cause.fix:
         lines.append(f"- **Fix:** {_text(cause.fix)}")
     if len(comparison.causes) > 1:
-        others = ", ".join(_text(c.title) for c in comparison.causes[1 : 1 + _NAMED])
-        lines.append(f"- Also considered: {others}")
+        others = ", ".join(map(_other, comparison.causes[1 : 1 + _NAMED]))
+        lines.append(f"- Also: {others}")
     return [*lines, ""]
+
+
+def _other(cause: Cause) -> str:
+    """A further cause, with the site at which it brings its error in."""
+    return _text(cause.title) + (f" at {_code(cause.site)}" if cause.site else "")
 
 
 def _judged(comparison: Comparison) -> str:

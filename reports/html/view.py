@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from markupsafe import Markup
@@ -272,10 +272,9 @@ def _table_row(site: SiteResult, comparison: Comparison) -> dict[str, Any]:
 
 
 def _cause(cause: Cause, comparison: Comparison) -> dict[str, Any]:
-    where = getattr(cause, "site", None)
+    where = cause.site
     first = comparison.first_divergence.site if comparison.first_divergence else ""
     share = cause.explained
-    parameters = getattr(cause, "parameters", None)
     return {
         "title": cause.title,
         "id": cause.id,
@@ -285,7 +284,7 @@ def _cause(cause: Cause, comparison: Comparison) -> dict[str, Any]:
         "bar": max(0.0, min(100.0, 100 * share)) if share is not None and math.isfinite(share) else None,
         "explained": explained(share),
         "site": where if where and where != first else "",
-        "parameters": flat(parameters) if isinstance(parameters, Mapping) else [],
+        "parameters": flat(cause.parameters),
     }
 
 

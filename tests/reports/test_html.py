@@ -228,18 +228,10 @@ def test_any_contract_is_shown() -> None:
     assert flat({"a": {"b": [1, {"c": 2}]}, "d": 1.0}) == [("a.b", "1, c 2"), ("d", "1")]
 
 
-def test_causes_may_name_their_own_site_and_parameters() -> None:
-    """As later versions of the schema do."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Located(Cause):
-        site: str = "layers.7.value"
-        parameters: Any = dataclasses.field(default_factory=lambda: {"gain": 1.02})
-
-    page = Page(
-        render_html(cases.comparison(cases.site(0, "key", 9.0), causes=(Located("g", "Gain", (), 0.5, ""),)))
-    )
-    assert "explains 50 % at layers.7.value" in page.text
+def test_a_cause_names_its_own_site_and_parameters() -> None:
+    gain = Cause("g", "Gain", (), 0.5, "", site="layers.7.value", parameters={"gain": 1.02})
+    page = Page(render_html(cases.comparison(cases.site(0, "key", 9.0), causes=(cases.CAUSE, gain))))
+    assert "Gain explains 50 % at layers.7.value" in page.text
     assert "gain 1.02" in page.text
 
 

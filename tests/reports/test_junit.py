@@ -93,3 +93,11 @@ def test_any_name_gives_valid_xml(name: str) -> None:
     site = dataclasses.replace(cases.site(0, "key", 9.0), site=name, reason=name)
     read = suite(cases.comparison(site, causes=(dataclasses.replace(cases.CAUSE, fix=name),)))
     assert len(read.findall("testcase/failure")) == 1
+
+
+def test_a_cause_is_told_at_the_site_that_it_explains() -> None:
+    bad = [cases.site(n, "key", 9.0) for n in range(3)]
+    cause = dataclasses.replace(cases.CAUSE, site="layers.2.key")
+    read = suite(cases.comparison(*bad, causes=(cause,)))
+    told = [case.get("name") for case in read.findall("testcase") if "cause:" in "".join(case.itertext())]
+    assert told == ["layers.2.key"]

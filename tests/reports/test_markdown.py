@@ -112,3 +112,9 @@ def test_no_name_breaks_a_table_or_ends_a_code_span(name: str) -> None:
 
 def test_a_link_cannot_end_early() -> None:
     assert "(https://a.b/x%29%20y)" in render_markdown(cases.passes(1), "https://a.b/x) y")
+
+
+def test_further_causes_are_told_with_their_site() -> None:
+    other = dataclasses.replace(cases.OTHER, site="layers.7.value")
+    text = render_markdown(dataclasses.replace(cases.fails(), causes=(cases.CAUSE, other)))
+    assert "- Also: Products are summed in fp16 at `layers.7.value`" in text
