@@ -28,7 +28,7 @@ from divergence.reports.words import (
     tally,
     worst_site,
 )
-from divergence.result import METRICS, Cause, Comparison, SiteResult
+from divergence.result import METRICS, Cause, Comparison, Hypothesis, SiteResult
 
 _KINDS = ("accumulation", "range", "head", "token", "spread")
 
@@ -75,6 +75,7 @@ def view(comparison: Comparison) -> dict[str, Any]:
         "place_name": place(site) if site is not None else "",
         "first_name": comparison.first_divergence.site if comparison.first_divergence else "",
         "causes": [_cause(c, comparison) for c in comparison.causes],
+        "tried": [_hypothesis(h) for h in comparison.diagnosis],
         "facts": _facts(comparison),
         "tally": tally(comparison.sites),
         "grid": _grid(comparison, rows),
@@ -285,6 +286,16 @@ def _cause(cause: Cause, comparison: Comparison) -> dict[str, Any]:
         "explained": explained(share),
         "site": where if where and where != first else "",
         "parameters": flat(cause.parameters),
+    }
+
+
+def _hypothesis(tried: Hypothesis) -> dict[str, str]:
+    return {
+        "site": tried.site,
+        "explanation": tried.title,
+        "explains": f"{number(100 * tried.explained)} %" if tried.explained is not None else "",
+        "for": "; ".join(tried.evidence_for),
+        "against": "; ".join(tried.evidence_against),
     }
 
 

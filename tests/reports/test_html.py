@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from divergence.reports.html import render_html
 from divergence.reports.html.blocks import blocks, flat
-from divergence.result import METRICS, Cause, Comparison
+from divergence.result import METRICS, Cause, Comparison, Hypothesis
 from tests.reports import cases
 
 
@@ -233,6 +233,13 @@ def test_a_cause_names_its_own_site_and_parameters() -> None:
     page = Page(render_html(cases.comparison(cases.site(0, "key", 9.0), causes=(cases.CAUSE, gain))))
     assert "Gain explains 50 % at layers.7.value" in page.text
     assert "gain 1.02" in page.text
+
+
+def test_what_was_tried_is_told_with_what_speaks_against_it() -> None:
+    tried = Hypothesis("layers.0.key", "gain", "A gain", ("K only",), ("no one gain fits",), explained=0.04)
+    page = Page(render_html(cases.comparison(cases.site(0, "key", 9.0), diagnosis=(tried,))))
+    assert "Explanations that were tried: 1" in page.text
+    assert "layers.0.key A gain 4 % K only no one gain fits" in page.text
 
 
 def test_the_data_of_the_page_has_values_in_full(pages: dict[str, Page]) -> None:
