@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from divergence.errors import SourceError, one_line
-from divergence.result import NESTED, SCHEMA, Comparison, Verdict, as_plain, from_plain
+from divergence.result import NESTED, SCHEMA, Comparison, Verdict, as_plain, from_plain, report_text
 
 
 @dataclass(frozen=True)
@@ -137,3 +137,18 @@ class Chain:
 
 
 _NESTED = {**NESTED, "steps": Step, "comparisons": Comparison, "differences": Difference}
+
+
+def load_any(path: Path) -> Comparison | Chain:
+    """The report in the folder or file `path`, of one candidate or of a chain.
+
+    Raises:
+        SourceError: there is none, or it cannot be read.
+    """
+    text, where = report_text(path)
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    chain = isinstance(content, dict) and content.get("kind") == "chain"
+    return Chain.from_json(text, where) if chain else Comparison.from_json(text, where)

@@ -12,6 +12,7 @@ import click
 
 from divergence import __version__
 from divergence.errors import DivergenceError, one_line
+from divergence.report_commands import diff, report, show
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from divergence.result import Comparison
 
 F = TypeVar("F", bound=Callable[..., Any])
-EXIT = {"pass": 0, "fail": 1, "error": 2}
 
 
 class _Group(click.Group):
@@ -127,7 +127,7 @@ def main() -> None:
     "with the one before it.",
 )
 @_common
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for report.json.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the reports.")
 @click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
 @click.option(
     "--tolerance",
@@ -186,7 +186,7 @@ def compare(
             result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
         else:
             result = compare_chain(ref, cand, inputs, **options, progress=shown)
-    return _report(result, out)
+    return show(result, out)
 
 
 @main.command()
@@ -194,9 +194,9 @@ def compare(
 def explain(folder: Path) -> int:
     """Show how the causes in the report in DIR were found: every one tried, with its evidence."""
     from divergence.reports.explain import render_explanation
-    from divergence.result import load_comparison
+    from divergence.result import load_report
 
-    result = load_comparison(folder)
+    result = load_report(folder)
     width = click.get_current_context().terminal_width or 100
     click.echo(render_explanation(result, width=width, color=sys.stdout.isatty()))
     return 0
@@ -376,6 +376,10 @@ def demo(out: Path | None) -> int:
     return run(out)
 
 
+main.add_command(report)
+main.add_command(diff)
+
+
 def _engine_options(given: Mapping[str, Any]) -> EngineOptions:
     from divergence.probes.tensorrt.options import EngineOptions
 
@@ -401,24 +405,6 @@ def _tolerance(given: tuple[str, ...], config: Config) -> Tolerance:
     for text in given:
         tolerance = parse_tolerance(text, tolerance)
     return tolerance
-
-
-def _report(result: Comparison | Chain, out: Path | None) -> int:
-    from divergence.reports.chain import render_chain
-    from divergence.reports.terminal import render
-    from divergence.result import Comparison
-
-    if out is not None:
-        result.save(out / "report.json")
-    terminal = sys.stdout.isatty()
-    width = click.get_current_context().terminal_width or 100
-    if isinstance(result, Comparison):
-        click.echo(render(result, width=width, color=terminal))
-    else:
-        click.echo(render_chain(result, width=width, color=terminal))
-    if out is not None:
-        click.echo(f"report: {out / 'report.json'}")
-    return EXIT[result.verdict]
 
 
 def _command() -> str:

@@ -11,9 +11,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 from divergence.errors import SourceError, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA = 1
 
@@ -233,6 +236,12 @@ class Comparison:
                 return result
         raise KeyError(name)
 
+    def to_frame(self) -> pd.DataFrame:
+        """The sites as a table of pandas, with the columns that `divergence.frame.COLUMNS` documents."""
+        from divergence.frame import to_frame
+
+        return to_frame(self)
+
     def to_json(self) -> str:
         """`report.json`: strict JSON (NaN and infinities become null; counts say how many)."""
         return json.dumps(as_plain(self), indent=1, allow_nan=False, sort_keys=False)
@@ -253,9 +262,9 @@ class Comparison:
             content = json.loads(text)
             schema = content["schema"]
             if schema != SCHEMA:
-                raise SourceError(
-                    f"{where}: report schema {schema}, this version reads {SCHEMA}; run compare again"
-                )
+                newer = isinstance(schema, int) and schema > SCHEMA
+                mend = "update divergence" if newer else "run compare again"
+                raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; {mend}")
             if content.get("kind") == "chain":
                 raise SourceError(f"{where}: the report of a chain; read it with divergence.Chain.from_json")
             return from_plain(cls, content)
@@ -263,21 +272,28 @@ class Comparison:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
-def load_comparison(path: Path) -> Comparison:
-    """Reads the comparison that a run left in `path`: `report.json`, or the folder that holds it.
+def load_report(path: Path) -> Comparison:
+    """The report of one candidate in the folder or file `path`.
 
     Raises:
-        SourceError: there is none, or it is not one.
+        SourceError: there is none, or it cannot be read.
+    """
+    return Comparison.from_json(*report_text(path))
+
+
+def report_text(path: Path) -> tuple[str, str]:
+    """The text of `report.json` in the folder or file `path`, and where it is, for messages.
+
+    Raises:
+        SourceError: there is none, or it is no text.
     """
     file = path / "report.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(
-            f"{file}: no report to read ({one_line(error)}); give the folder of `divergence compare --out "
-            "DIR`"
-        ) from error
-    return Comparison.from_json(text, str(file))
+        return file.read_text(encoding="utf-8"), str(file)
+    except FileNotFoundError as error:
+        raise SourceError(f"{file}: no such report; give the folder that compare --out wrote") from error
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file}: not a report of divergence (not text in UTF-8)") from error
 
 
 def as_plain(value: Any) -> Any:

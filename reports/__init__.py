@@ -7,11 +7,56 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from divergence import verdict
 from divergence.config import Tolerance
-from divergence.result import METRICS, Policy, SiteResult
+from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
+
+if TYPE_CHECKING:
+    from divergence.chain_result import Chain
+
+
+def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[Path]:
+    """Writes every report of `result` into the folder `out`: `report.json`, `report.html`,
+    `summary.md`, `junit.xml` and `plots/`. Of a chain, `report.json` is all of it, and every candidate
+    has a folder of its own within: `1-NAME`, `2-NAME`, ...
+
+    Args:
+        result: what to report.
+        out: folder; made where there is none.
+        link: address of the page for the summary, where it will be published.
+
+    Returns:
+        The pages.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if not isinstance(result, Comparison):
+        result.save(out / "report.json")
+        pairs = enumerate(zip(result.names, result.comparisons, strict=True), 1)
+        return [p for i, (name, c) in pairs for p in write_all(c, out / f"{i}-{file_name(name)}", link=link)]
+    # Matplotlib and the templates take a quarter of a second to load: only who writes a page pays.
+    from divergence.reports.html import render_html
+    from divergence.reports.junit import render_junit
+    from divergence.reports.markdown import render_markdown
+    from divergence.reports.plots import write_plots
+
+    result.save(out / "report.json")
+    page = out / "report.html"
+    page.write_text(render_html(result), encoding="utf-8")
+    (out / "summary.md").write_text(render_markdown(result, link), encoding="utf-8")
+    (out / "junit.xml").write_text(render_junit(result), encoding="utf-8")
+    write_plots(result, out / "plots")
+    return [page]
+
+
+def file_name(name: str) -> str:
+    """`name` without what a file system would object to, at most 80 characters."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
 
 
 def plain(text: object, *, ascii_only: bool = False) -> str:

@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing: dict[str, Callable[[], str]] = {
         "gpu": _no_gpu,
         "tensorrt": lambda: _no_gpu() or _no_module("tensorrt"),
-        "browser": lambda: "" if _chromium() else "no Chromium on the PATH",
+        "browser": lambda: _no_module("playwright") if chromium() else "no Chromium on the PATH",
     }
     for name, reason_of in missing.items():
         marked = [item for item in items if item.get_closest_marker(name)]
@@ -43,6 +43,7 @@ def _no_module(name: str) -> str:
     return "" if importlib.util.find_spec(name) else f"{name} is not installed"
 
 
-def _chromium() -> str | None:
+def chromium() -> str | None:
+    """The browser for tests that look at a page."""
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
     return next((found for name in names if (found := shutil.which(name))), None)

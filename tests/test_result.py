@@ -150,7 +150,7 @@ def test_unknown_keys_of_a_later_minor_version_are_passed_over() -> None:
         ("[]", "r.json: not a report of divergence"),
         ("null", "r.json: not a report of divergence"),
         ("{}", "r.json: not a report of divergence"),
-        ('{"schema": 2}', "r.json: report schema 2, this version reads 1; run compare again"),
+        ('{"schema": 2}', "r.json: report schema 2, this version reads 1; update divergence"),
         ('{"schema": 1}', "r.json: not a report of divergence"),
         ('{"schema": 1, "sites": [3]}', "r.json: not a report of divergence"),
     ],

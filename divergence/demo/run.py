@@ -22,6 +22,7 @@ def run(out: Path | None) -> int:
     from divergence.config import Config
     from divergence.demo import inputs, load, write_bundled
     from divergence.pipeline import compare
+    from divergence.reports import write_all
     from divergence.reports.progress import progress
     from divergence.reports.terminal import render
 
@@ -41,8 +42,8 @@ def run(out: Path | None) -> int:
             click.echo(f"PyTorch against {title}:\n")
             click.echo(render(result, color=sys.stdout.isatty()))
             if out is not None:
-                result.save(out / name / "report.json")
-                click.echo(f"report: {out / name / 'report.json'}")
+                write_all(result, out / name)
+                click.echo(f"report: {out / name / 'report.html'}")
             click.echo("")
             found[name] = result
     first = found["rotary-bf16"].first_divergence

@@ -1,0 +1,70 @@
+"""The page: one file that needs nothing else, for a pull request or a colleague."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from divergence.reports import plain
+from divergence.reports.html.view import page_data, view
+from divergence.result import Comparison
+
+_HERE = Path(__file__).parent
+
+
+def render_html(comparison: Comparison) -> str:
+    """A self-contained page of HTML.
+
+    It requests nothing, its policy allows nothing but the style and the script within, by their
+    hashes, and all that comes from the model is escaped.
+    """
+    style, script = _file("style.css"), _file("script.js")
+    page = _template().render(
+        **view(comparison),
+        style=Markup(style),  # noqa: S704 (a file of this package)
+        script=Markup(script),  # noqa: S704 (a file of this package)
+        data=Markup(page_data(comparison)),  # noqa: S704 (JSON in which no tag can begin or end)
+        policy_header=_security_policy(style, script),
+    )
+    # Half of a surrogate pair, which JSON may hold, is no character that a file could.
+    return page.encode("utf-8", "backslashreplace").decode()
+
+
+@cache
+def _file(name: str) -> str:
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        finalize=_visible,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.jinja")
+
+
+def _visible(value: object) -> object:
+    """Text from the model without control characters, nor such as turn the direction of reading."""
+    return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _security_policy(style: str, script: str) -> str:
+    """Nothing from anywhere; heat maps are pictures within the page (data:)."""
+    return (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
