@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
-from divergence.setting import Inputs, Options, Setting, read_inputs, record
+from divergence.setting import Inputs, Options, Setting, getting_ready, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
@@ -96,8 +95,12 @@ def compare(
         engine,
         diagnose,
     )
-    tensors = read_inputs(inputs, config)
-    with working_folder(keep) as folder, quiet_collector():
+    with (
+        getting_ready([cand], config, engine) as early,
+        working_folder(keep) as folder,
+        quiet_collector(),
+    ):
+        tensors = read_inputs(inputs, config)
         setting = Setting(
             config,
             options,
@@ -106,10 +109,9 @@ def compare(
             (*config.exclude, *exclude),
             folder,
             progress,
+            early,
         )
-        with contextlib.closing(setting):
-            setting.get_ready([cand])
-            result = Job(setting, prepare(ref, setting)).run(cand)
+        result = Job(setting, prepare(ref, setting)).run(cand)
     return timed(result, started)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +45,7 @@ class Setting:
     Attributes:
         exclude: patterns of sites not to compare.
         folder: where captures are made.
-        early: probes that were opened before the reference ran, by source (`get_ready`).
+        early: probes that were opened before the reference ran, by source (`getting_ready`).
     """
 
     config: Config
@@ -56,18 +56,6 @@ class Setting:
     folder: Path
     progress: Progress
     early: dict[str, Probe] = field(default_factory=dict)
-
-    def get_ready(self, candidates: Sequence[object]) -> None:
-        """Lets the first engine among `candidates` load its libraries while the reference runs."""
-        for candidate in candidates:
-            if not isinstance(candidate, str | Path) or not is_engine(candidate, self.config):
-                continue
-            # What is wrong with it is said when its turn comes.
-            with contextlib.suppress(DivergenceError):
-                probe = open_source(candidate, self.config, engine=self.options.engine)
-                _engine_of(probe).start()
-                self.early[str(candidate)] = probe
-            return
 
     def open(self, source: object, reference: Capture) -> Probe:
         """The probe of a candidate.
@@ -83,16 +71,34 @@ class Setting:
             _engine_of(probe).reference = reference  # it may have been opened before the reference ran
         return probe
 
-    def close(self) -> None:
-        """Ends what was got ready and never used."""
-        for probe in self.early.values():
-            _engine_of(probe).close()
-        self.early.clear()
-
     def record(self, probe: Probe, name: str, **run: Any) -> Capture:
         """Runs `probe` into the capture called `name`."""
         path = self.folder / f"{name}.capture"
         return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
+
+
+@contextlib.contextmanager
+def getting_ready(
+    candidates: Sequence[object], config: Config, engine: EngineOptions | None
+) -> Iterator[dict[str, Probe]]:
+    """Lets the first engine among `candidates` load while inputs are read and the reference runs.
+
+    Yields:
+        Its probe by its source, to be taken out by whoever uses it; what is left is ended.
+    """
+    early: dict[str, Probe] = {}
+    engines = [c for c in candidates if isinstance(c, str | Path) and is_engine(c, config)]
+    for candidate in engines[:1]:
+        # What is wrong with it is said when its turn comes.
+        with contextlib.suppress(DivergenceError):
+            probe = open_source(candidate, config, engine=engine)
+            _engine_of(probe).start()
+            early[str(candidate)] = probe
+    try:
+        yield early
+    finally:
+        for probe in early.values():
+            _engine_of(probe).close()
 
 
 def _engine_of(probe: Probe) -> TensorRTProbe:
