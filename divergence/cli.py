@@ -96,6 +96,12 @@ def main() -> None:
 @click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
 @click.option("--keep-captures", is_flag=True, help="Keep both captures in --out.")
+@click.option(
+    "--repro",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the first failing layer for replay.",
+)
 @click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
 def compare(
     ref: str,
@@ -111,6 +117,7 @@ def compare(
     replay: Any,
     floor: str | None,
     keep_captures: bool,
+    repro: Path | None,
     no_diagnosis: bool,
 ) -> int:
     """Compare a candidate with a reference and give a verdict."""
@@ -136,6 +143,7 @@ def compare(
             config=config,
             command=_command(),
             diagnose=not no_diagnosis,
+            repro=repro,
             progress=shown,
         )
     return _report(result, out)

@@ -49,6 +49,7 @@ class Options:
     memory: int = 512 << 20
     command: str = ""
     diagnose: bool = True
+    repro: Path | None = None
 
 
 def compare(
@@ -67,6 +68,7 @@ def compare(
     config: Config | None = None,
     command: str = "",
     diagnose: bool = True,
+    repro: Path | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -88,6 +90,7 @@ def compare(
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
         diagnose: look for the cause when the candidate fails.
+        repro: folder to write the first failing layer to, so that it can be replayed alone.
         progress: told about long work.
 
     Raises:
@@ -96,7 +99,14 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None, detail, replay, floor, memory, command, diagnose
+        check_precision(precision) if precision else None,
+        detail,
+        replay,
+        floor,
+        memory,
+        command,
+        diagnose,
+        repro,
     )
     tensors = _inputs(inputs, config)
     with _folder(keep) as folder, _quiet_collector():
@@ -229,7 +239,8 @@ class _Job:
             replayed = self._replay(pytorch, precision, metrics, floors)
         self.notes += replayed.notes
         result = self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
-        if result.verdict != "fail" or pytorch is None or not self.options.diagnose:
+        wanted = self.options.diagnose or self.options.repro is not None
+        if result.verdict != "fail" or pytorch is None or not wanted:
             return result
         return self._diagnosed(result, pytorch, precision)
 
@@ -367,7 +378,12 @@ class _Job:
         )
         replayer = self._replayer(pytorch, precision)
         introduced = result.policy.judged == "introduced"
-        found = Search(given, pytorch, replayer, introduced=introduced).run(self.progress)
+        search = Search(given, pytorch, replayer, introduced=introduced)
+        if self.options.repro is not None:
+            result = replace(result, notes=(*result.notes, *search.write_first(self.options.repro)))
+        if not self.options.diagnose:
+            return result
+        found = search.run(self.progress)
         return replace(
             result,
             causes=tuple(found.causes),

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from divergence.diagnosis import narrow, nonfinite
+from divergence.diagnosis import narrow, nonfinite, repro
 from divergence.diagnosis.case import ENOUGH, Case, Given, figure
 from divergence.diagnosis.causes import CAUSES, NONFINITE
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
@@ -136,6 +137,18 @@ class Search:
                 "one"
             )
         return found
+
+    def write_first(self, folder: Path) -> tuple[str, ...]:
+        """Writes the first layer that fails to `folder` (see `repro`); returns remarks.
+
+        Raises:
+            SourceError: it cannot be written.
+        """
+        failing = next(self._groups(), None)
+        case = self._case(failing) if failing else None
+        if case is None:
+            return ("no layer that fails could be replayed, so none was written",)
+        return (repro.write(folder, case),)
 
     def _told(self, found: Found) -> None:
         """Causes that the facts of the run tell."""
