@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from divergence.diagnosis import nonfinite, repro
 from divergence.diagnosis.case import Case, Given
 from divergence.diagnosis.causes import CAUSES, NONFINITE
@@ -110,7 +112,7 @@ class Search:
             progress("looking for the cause", done, len(groups))
             lost = nonfinite.has_lost(failing)
             case = self._nonfinite(failing[0]) if lost else self._case(failing)
-            if case is None or (lost and not case.nonfinite):
+            if case is None or (lost and not case.nonfinite) or (done and self._follows(case)):
                 continue
             if not lost and alike.like(failing):
                 continue
@@ -190,6 +192,15 @@ class Search:
                 return None
             case = Case(self._given, unit, site, names)
         return case if site.tensor in case.candidate else None
+
+    def _follows(self, case: Case) -> bool:
+        """Whether an output of the model holds no more than the layers do: it was not replayed, or the
+        candidate's hidden states leave it as it was (keys and values of all layers in one tensor)."""
+        if case.at.layer is not None:
+            return False
+        reference = self._given.reference(case.at)
+        untouched = reference is not None and torch.equal(case.clean[case.tensor].cpu(), reference)
+        return case.result.introduced is None or untouched
 
     def _layer(self, site: Site) -> LayerUnit | None:
         calls = {(c.stack, c.layer, c.call): c for c in self._probe.calls}

@@ -408,3 +408,16 @@ def test_what_the_engine_probe_found_out_comes_first(
     result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == [cause, "weight_scale"]
     assert result.causes[0].explained is None and result.causes[0].evidence
+
+
+def test_outputs_that_only_hold_the_layers_keys_get_no_cause_of_their_own() -> None:
+    from divergence.demo.model import DemoDecoder
+
+    def fault(model: Any) -> None:
+        model.layers[1].self_attn.k_proj.weight.mul_(1.05)
+
+    reference = DemoDecoder().eval()
+    inputs = {"input_ids": torch.arange(24)[None] * 7 % 512}
+    result = diagnosed(reference, planted(reference, fault), inputs)
+    assert result.site("output.keys").verdict == "fail"
+    assert [(c.id, c.site) for c in result.causes] == [("weight_scale", "layers.1.key")]
