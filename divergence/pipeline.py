@@ -16,7 +16,7 @@ from divergence.alignment import Alignment, Pair, align
 from divergence.captures import Capture, CaptureWriter
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
-from divergence.errors import ConfigurationError, InputError
+from divergence.errors import ConfigurationError, InputError, one_line
 from divergence.inputs import digest, load_inputs, token_masks
 from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
@@ -383,7 +383,12 @@ class _Job:
             result = replace(result, notes=(*result.notes, *search.write_first(self.options.repro)))
         if not self.options.diagnose:
             return result
-        found = search.run(self.progress)
+        try:
+            found = search.run(self.progress)
+        except Exception as error:
+            # The verdict stands, whatever an emulation meets in a model's code.
+            note = f"the cause could not be looked for ({one_line(error)}); the verdict does not depend on it"
+            return replace(result, notes=(*result.notes, note))
         return replace(
             result,
             causes=tuple(found.causes),

@@ -421,3 +421,23 @@ def test_outputs_that_only_hold_the_layers_keys_get_no_cause_of_their_own() -> N
     result = diagnosed(reference, planted(reference, fault), inputs)
     assert result.site("output.keys").verdict == "fail"
     assert [(c.id, c.site) for c in result.causes] == [("weight_scale", "layers.1.key")]
+
+
+def test_an_emulation_that_breaks_does_not_cost_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    from divergence.diagnosis import search
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    reference = MODELS["llama"]()
+    candidate = planted(reference, KNOWN["value gain"].fault)
+    monkeypatch.setattr(search, "attempt", broken)
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert [c.id for c in result.causes] == ["unknown"]
+    assert any("weight_scale could not be emulated" in note for note in result.notes)
+    monkeypatch.setattr(search, "investigate", broken)
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert not result.causes
+    assert any(
+        "the cause could not be looked for (RuntimeError: no such operator)" in n for n in result.notes
+    )
