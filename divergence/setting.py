@@ -36,6 +36,7 @@ class Options:
     command: str = ""
     engine: EngineOptions | None = None
     diagnose: bool = True
+    repro: Path | None = None
 
 
 @dataclass(frozen=True)
