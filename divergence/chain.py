@@ -21,7 +21,7 @@ from divergence.precision import check_precision
 from divergence.prepared import Reference, prepare
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict
-from divergence.setting import Inputs, Options, Setting, getting_ready, read_inputs
+from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
 from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def compare_chain(
         diagnose,
     )
     with (
-        getting_ready(cands, config, engine) as early,
+        getting_ready(cands, config, options) as early,
         working_folder(keep) as folder,
         quiet_collector(),
     ):
@@ -93,7 +93,8 @@ def compare_chain(
             progress,
             early,
         )
-        reference = prepare(ref, setting)
+        with one_core_spared(early):
+            reference = prepare(ref, setting)
         links = [
             _compared(cand, label, Job(setting, reference, f"candidate-{i}"))
             for i, (cand, label) in enumerate(zip(cands, labels, strict=True), 1)

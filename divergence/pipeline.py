@@ -21,7 +21,7 @@ from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
-from divergence.setting import Inputs, Options, Setting, getting_ready, read_inputs, record
+from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
@@ -99,7 +99,7 @@ def compare(
         repro,
     )
     with (
-        getting_ready([cand], config, engine) as early,
+        getting_ready([cand], config, options) as early,
         working_folder(keep) as folder,
         quiet_collector(),
     ):
@@ -114,7 +114,9 @@ def compare(
             progress,
             early,
         )
-        result = Job(setting, prepare(ref, setting)).run(cand)
+        with one_core_spared(early):
+            reference = prepare(ref, setting)
+        result = Job(setting, reference).run(cand)
     return timed(result, started)
 
 

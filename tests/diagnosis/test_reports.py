@@ -14,7 +14,7 @@ from divergence.cli import main
 from divergence.errors import SourceError
 from divergence.reports.explain import render_explanation
 from divergence.reports.terminal import render
-from divergence.result import Comparison, load_comparison
+from divergence.result import Comparison, load_report
 from tests.diagnosis.faults import diagnosed, layer, planted
 from tests.models import MODELS, inputs_for
 
@@ -31,7 +31,7 @@ def _result(**options: Any) -> Comparison:
 def test_causes_and_hypotheses_survive_the_report(tmp_path: Path) -> None:
     result = _result()
     result.save(tmp_path / "report.json")
-    again = load_comparison(tmp_path)
+    again = load_report(tmp_path)
     assert again.to_json() == result.to_json()
     assert again.causes[0].parameters["gain"] == pytest.approx(1.02, rel=1e-4)
     assert {h.id for h in again.diagnosis} > {"weight_scale", "bias_missing", "norm_eps"} - {"bias_missing"}
@@ -64,7 +64,7 @@ def test_explain_says_why_there_is_nothing_to_explain(tmp_path: Path) -> None:
 
 def test_explain_without_a_report_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="no report to read"):
-        load_comparison(tmp_path)
+        load_report(tmp_path)
 
 
 def test_an_unknown_cause_is_explained_with_its_facts() -> None:
