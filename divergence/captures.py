@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -65,6 +65,8 @@ class Capture:
     inputs_digest: str
     entries: Mapping[Site, Entry]
     masks: Mapping[str, str]
+    # The shard that was read last, kept open: neighbours lie in it, and opening it costs more than they.
+    _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -91,8 +93,11 @@ class Capture:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(self.path / file, framework="pt") as shard:
-                tensor: torch.Tensor = shard.get_tensor(name)
+            shard = self._last.get(file)
+            if shard is None:
+                self._last.clear()
+                shard = self._last[file] = safe_open(self.path / file, framework="pt")
+            tensor: torch.Tensor = shard.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CaptureError(
                 f"{self.path / file}: cannot read '{name}' ({one_line(error)}); record the capture again"

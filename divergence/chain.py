@@ -6,7 +6,6 @@ candidate is compared with the reference, and, capture against capture, with the
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from divergence.precision import check_precision
 from divergence.prepared import Reference, prepare
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict
-from divergence.setting import Inputs, Options, Setting, read_inputs
+from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
 from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
@@ -59,8 +58,8 @@ def compare_chain(
         cands: the candidates: sources, in the order in which each was made from the one before.
         names: a short label for each; by default from its source.
         precision: what all candidates are meant to run in; by default what each shows itself.
-        inputs, tolerance, exclude, detail, replay, floor, memory, engine, diagnose, keep, config, command, progress: as
-            for `divergence.compare`.
+        inputs, tolerance, exclude, detail, replay, floor, memory, engine, diagnose, keep, config, command,
+            progress: as for `divergence.compare`.
 
     Raises:
         DivergenceError: there is no candidate, or the reference cannot be run.
@@ -78,8 +77,12 @@ def compare_chain(
         engine,
         diagnose,
     )
-    tensors = read_inputs(inputs, config)
-    with working_folder(keep) as folder, quiet_collector():
+    with (
+        getting_ready(cands, config, options) as early,
+        working_folder(keep) as folder,
+        quiet_collector(),
+    ):
+        tensors = read_inputs(inputs, config)
         setting = Setting(
             config,
             options,
@@ -88,14 +91,14 @@ def compare_chain(
             (*config.exclude, *exclude),
             folder,
             progress,
+            early,
         )
-        with contextlib.closing(setting):
-            setting.get_ready(cands)
+        with one_core_spared(early):
             reference = prepare(ref, setting)
-            links = [
-                _compared(cand, label, Job(setting, reference, f"candidate-{i}"))
-                for i, (cand, label) in enumerate(zip(cands, labels, strict=True), 1)
-            ]
+        links = [
+            _compared(cand, label, Job(setting, reference, f"candidate-{i}"))
+            for i, (cand, label) in enumerate(zip(cands, labels, strict=True), 1)
+        ]
         steps = _steps(reference, links, setting.tolerance)
     verdict, reason = overall(links, steps)
     return Chain(

@@ -140,6 +140,12 @@ def main() -> None:
 @click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
 @_engine
 @click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
+@click.option(
+    "--repro",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write the first failing layer for replay.",
+)
 @click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
 def compare(
     ref: str,
@@ -155,12 +161,15 @@ def compare(
     replay: Any,
     floor: str | None,
     keep_captures: bool,
+    repro: Path | None,
     no_diagnosis: bool,
     **engine: Any,
 ) -> int:
     """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
     if keep_captures and out is None:
         raise click.UsageError("--keep-captures needs --out DIR to keep them in")
+    if repro is not None and len(cand) > 1:
+        raise click.UsageError("--repro writes the first failing layer of one candidate; give one --cand")
     config = _config(config_file)
     from divergence.chain import compare_chain
     from divergence.pipeline import compare as compare_pair
@@ -183,7 +192,7 @@ def compare(
     result: Comparison | Chain
     with progress(sys.stderr, sys.stderr.isatty()) as shown:
         if len(cand) == 1:
-            result = compare_pair(ref, cand[0], inputs, **options, progress=shown)
+            result = compare_pair(ref, cand[0], inputs, **options, repro=repro, progress=shown)
         else:
             result = compare_chain(ref, cand, inputs, **options, progress=shown)
     return show(result, out)

@@ -50,13 +50,19 @@ class Floor:
     @classmethod
     def of(cls, metrics: Metrics, precision: str) -> Floor:
         """The floor that `metrics` measured, not below what computing in `precision` costs anyhow."""
-        least = _LEAST.get(precision, 0.5) * UNIT_ROUNDOFF[precision]
+        least = cls.least(precision).rel_l2
         return cls(
             max(metrics.rel_l2 or 0.0, least),
             max(metrics.row_rel_l2 or 0.0, least),
             metrics.compared < metrics.elements - metrics.ref_nonfinite,
             max(_median(metrics.channel), least),
         )
+
+    @classmethod
+    def least(cls, precision: str) -> Floor:
+        """The least that a floor in `precision` can be, whatever a measurement would say."""
+        least = _LEAST.get(precision, 0.5) * UNIT_ROUNDOFF[precision]
+        return cls(least, least, channel_rel_l2=least)
 
     def ratio(self, metrics: Metrics) -> float | None:
         """Error over floor, the worst of whole tensor, median token and median channel; None without an

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from divergence.assembly import environment, site_result
 from divergence.captures import Capture
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
-from divergence.errors import ConfigurationError
+from divergence.errors import ConfigurationError, one_line
 from divergence.noise import Floor, emulated, measure
 from divergence.precision import check_precision
 from divergence.prepared import Reference, prepare, valid_tokens
@@ -22,7 +21,7 @@ from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
-from divergence.setting import Inputs, Options, Setting, read_inputs, record
+from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
@@ -57,6 +56,7 @@ def compare(
     config: Config | None = None,
     command: str = "",
     diagnose: bool = True,
+    repro: Path | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -79,6 +79,7 @@ def compare(
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
         diagnose: look for the cause when the candidate fails.
+        repro: folder to write the first failing layer to, so that it can be replayed alone.
         progress: told about long work.
 
     Raises:
@@ -95,9 +96,14 @@ def compare(
         command,
         engine,
         diagnose,
+        repro,
     )
-    tensors = read_inputs(inputs, config)
-    with working_folder(keep) as folder, quiet_collector():
+    with (
+        getting_ready([cand], config, options) as early,
+        working_folder(keep) as folder,
+        quiet_collector(),
+    ):
+        tensors = read_inputs(inputs, config)
         setting = Setting(
             config,
             options,
@@ -106,10 +112,11 @@ def compare(
             (*config.exclude, *exclude),
             folder,
             progress,
+            early,
         )
-        with contextlib.closing(setting):
-            setting.get_ready([cand])
-            result = Job(setting, prepare(ref, setting)).run(cand)
+        with one_core_spared(early):
+            reference = prepare(ref, setting)
+        result = Job(setting, reference).run(cand)
     return timed(result, started)
 
 
@@ -213,12 +220,13 @@ class Job:
         replayed = ReplayResult({})
         if not all(m.bit_equal for m in metrics.values()):
             if any(self.tolerance.judges_by_floor(site) for site in metrics):
-                floors, floor_from = self._floors(pytorch, precision)
+                floors, floor_from = self._least_floors(precision) or self._floors(pytorch, precision)
             replayed = self._replay(pytorch, precision, metrics, floors)
         self.floors = floors
         self.notes += replayed.notes
         result = self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
-        if result.verdict != "fail" or pytorch is None or not self.options.diagnose:
+        wanted = self.options.diagnose or self.options.repro is not None
+        if result.verdict != "fail" or pytorch is None or not wanted:
             return result
         return self._diagnosed(result, pytorch, precision)
 
@@ -269,6 +277,17 @@ class Job:
         raise ConfigurationError(
             f"{self.candidate.facts.source}: does not show which precision it runs in; give --precision"
         )
+
+    def _least_floors(self, precision: str) -> tuple[Mapping[Site, Floor], str] | None:
+        """The least that floors can be, where the candidate passes by them: no measured one is lower, so
+        measuring them would change no verdict. None where it does not pass, or where they are known."""
+        if self.options.floor is not None or precision in self.prepared.floors:
+            return None
+        least = dict.fromkeys(self.metrics, Floor.least(precision))
+        judged = self._judge(self.metrics, least, {})
+        if any(j.verdict != "pass" for j in judged.values()):
+            return None
+        return least, f"no run was needed: the least that {precision} can have"
 
     def _floors_meanwhile(self, pytorch: PyTorchProbe | None, probe: Probe) -> None:
         """Measures the floor while an engine's worker loads, where the engine's precision is known."""
@@ -382,7 +401,17 @@ class Job:
         )
         replayer = self._replayer(pytorch, precision)
         introduced = result.policy.judged == "introduced"
-        found = Search(given, pytorch, replayer, introduced=introduced).run(self.progress)
+        search = Search(given, pytorch, replayer, introduced=introduced)
+        if self.options.repro is not None:
+            result = replace(result, notes=(*result.notes, *search.write_first(self.options.repro)))
+        if not self.options.diagnose:
+            return result
+        try:
+            found = search.run(self.progress)
+        except Exception as error:
+            # The verdict stands, whatever an emulation meets in a model's code.
+            note = f"the cause could not be looked for ({one_line(error)}); the verdict does not depend on it"
+            return replace(result, notes=(*result.notes, note))
         return replace(
             result,
             causes=tuple(found.causes),

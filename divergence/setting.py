@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from divergence.captures import Capture, CaptureWriter
 from divergence.config import Config, Tolerance
-from divergence.errors import DivergenceError, InputError
+from divergence.errors import InputError
 from divergence.inputs import digest, load_inputs, token_masks
 from divergence.probes import Probe, Progress
-from divergence.sources import is_engine, open_source
+from divergence.sources import is_runtime_file, open_source
 
 if TYPE_CHECKING:
     import torch
 
     from divergence.probes.tensorrt.options import EngineOptions
-    from divergence.probes.tensorrt.probe import TensorRTProbe
 
 Inputs = Mapping[str, "torch.Tensor"]
 
@@ -36,6 +36,7 @@ class Options:
     command: str = ""
     engine: EngineOptions | None = None
     diagnose: bool = True
+    repro: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setting:
     Attributes:
         exclude: patterns of sites not to compare.
         folder: where captures are made.
-        early: probes that were opened before the reference ran, by source (`get_ready`).
+        early: probes that were opened before the reference ran, by source (`getting_ready`).
     """
 
     config: Config
@@ -55,19 +56,7 @@ class Setting:
     exclude: Sequence[str]
     folder: Path
     progress: Progress
-    early: dict[str, Probe] = field(default_factory=dict)
-
-    def get_ready(self, candidates: Sequence[object]) -> None:
-        """Lets the first engine among `candidates` load its libraries while the reference runs."""
-        for candidate in candidates:
-            if not isinstance(candidate, str | Path) or not is_engine(candidate, self.config):
-                continue
-            # What is wrong with it is said when its turn comes.
-            with contextlib.suppress(DivergenceError):
-                probe = open_source(candidate, self.config, engine=self.options.engine)
-                _engine_of(probe).start()
-                self.early[str(candidate)] = probe
-            return
+    early: dict[str, Future[Probe]] = field(default_factory=dict)
 
     def open(self, source: object, reference: Capture) -> Probe:
         """The probe of a candidate.
@@ -76,18 +65,18 @@ class Setting:
             DivergenceError: as `divergence.sources.open_source`.
         """
         options = self.options
-        probe = self.early.pop(str(source), None) or open_source(
-            source, self.config, reference=reference, memory=options.memory, engine=options.engine
+        ready = self.early.pop(str(source), None)
+        probe = (
+            ready.result()
+            if ready is not None
+            else open_source(
+                source, self.config, reference=reference, memory=options.memory, engine=options.engine
+            )
         )
-        if probe.kind == "tensorrt":
-            _engine_of(probe).reference = reference  # it may have been opened before the reference ran
+        inner = _inner(probe)
+        if isinstance(inner, Startable):
+            inner.refer(reference)  # it may have been opened before the reference ran
         return probe
-
-    def close(self) -> None:
-        """Ends what was got ready and never used."""
-        for probe in self.early.values():
-            _engine_of(probe).close()
-        self.early.clear()
 
     def record(self, probe: Probe, name: str, **run: Any) -> Capture:
         """Runs `probe` into the capture called `name`."""
@@ -95,12 +84,69 @@ class Setting:
         return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
 
 
-def _engine_of(probe: Probe) -> TensorRTProbe:
-    from divergence.probes.tensorrt.probe import TensorRTProbe
+@contextlib.contextmanager
+def getting_ready(
+    candidates: Sequence[object], config: Config, options: Options
+) -> Iterator[dict[str, Future[Probe]]]:
+    """Opens the first candidate that is a file, and lets it load, while inputs are read and the reference
+    runs.
 
-    inner = getattr(probe, "probe", probe)
-    assert isinstance(inner, TensorRTProbe)
-    return inner
+    Yields:
+        Its probe by its source, to be taken out by whoever uses it; what is left is closed. What is wrong
+        with it is raised by whoever takes it.
+    """
+    early: dict[str, Future[Probe]] = {}
+    files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
+    if files:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
+        early[str(files[0])] = pool.submit(_ready, files[0], config, options)
+        pool.shutdown(wait=False)
+    try:
+        yield early
+    finally:
+        for future in early.values():
+            if not future.cancel() and future.exception() is None:
+                getattr(_inner(future.result()), "close", lambda: None)()
+
+
+@contextlib.contextmanager
+def one_core_spared(early: Mapping[str, Future[Probe]]) -> Iterator[None]:
+    """Leaves a core to what is getting ready: where all have work of their own already, threads that
+    wait for each other wait for a core, and a forward takes three times as long."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if threads == 1 or all(future.done() for future in early.values()):
+        yield
+        return
+    torch.set_num_threads(threads - 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _ready(source: str | Path, config: Config, options: Options) -> Probe:
+    probe = open_source(source, config, memory=options.memory, engine=options.engine)
+    inner = _inner(probe)
+    if isinstance(inner, Startable):
+        inner.start(detail=options.detail)
+    return probe
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A probe that can load before it is asked to run, and before the reference has run."""
+
+    def start(self, *, detail: bool = False) -> None:
+        """Loads, for a run with or without `detail`."""
+
+    def refer(self, reference: Capture) -> None:
+        """Takes the reference's run."""
+
+
+def _inner(probe: Probe) -> object:
+    return getattr(probe, "probe", probe)
 
 
 def read_inputs(inputs: Inputs | str | None, config: Config) -> Inputs:

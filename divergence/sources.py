@@ -62,11 +62,11 @@ def open_source(
     )
 
 
-def is_engine(source: str | Path, config: Config) -> bool:
-    """Whether `source` names a TensorRT engine."""
+def is_runtime_file(source: str | Path, config: Config) -> bool:
+    """Whether `source` names an ONNX file or a TensorRT engine, which take a while to load."""
     settings = config.sources.get(str(source))
     path = Path(settings.path) if settings and settings.path else Path(source)
-    return path.suffix in ENGINE_SUFFIXES and not (settings and settings.model)
+    return path.suffix in (".onnx", *ENGINE_SUFFIXES) and not (settings and settings.model)
 
 
 def _from_text(name: str, config: Config) -> SourceConfig:

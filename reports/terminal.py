@@ -40,9 +40,7 @@ def render(comparison: Comparison, *, width: int = 100, color: bool = False, asc
     _outputs(page, comparison)
     _remarks(page, comparison)
     _unmatched(page, comparison.unmatched)
-    if comparison.contract:
-        page.section("Contract between host and engine")
-        page.pairs((str(name), _inline(value)) for name, value in comparison.contract.items())
+    _contract(page, comparison.contract)
     if comparison.notes:
         page.section("Notes")
         for note in comparison.notes:
@@ -83,11 +81,22 @@ def render_description(
             (operator, ", ".join(f"{n} in {dtype}" for dtype, n in by_dtype.items()) or "-")
             for operator, by_dtype in sorted(description.operators.items())
         )
+    _contract(page, description.contract)
     if description.notes:
         page.section("Notes")
         for note in description.notes:
             page.labelled("-", note)
     return str(page)
+
+
+def _contract(page: Page, contract: Mapping[str, Any]) -> None:
+    if "rows" in contract:
+        from divergence.reports.contract import write_contract
+
+        write_contract(page, contract)
+    elif contract:
+        page.section("Contract between host and engine")
+        page.pairs((str(name), _inline(value)) for name, value in contract.items())
 
 
 def render_error(message: str, *, color: bool = False, ascii: bool = False) -> str:  # noqa: A002 (as above)

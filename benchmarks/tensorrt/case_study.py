@@ -124,7 +124,7 @@ def one(
         model, plan, BuildOptions(precision=ENGINES[name][1], plain=args.plain), inputs=given
     )
     cand: object = str(plan)
-    if args.record is not None:
+    if args.record is not None and name not in ("fp32", "tf32"):  # tensors of these are large
         cand = TensorRTProbe(plan, runner=Recorder(Worker(), args.record / name))
         shutil.copy(beside(plan), args.record / name / "sidecar.json")
         (args.record / name / "head").write_bytes(plan.read_bytes()[:HEADER])

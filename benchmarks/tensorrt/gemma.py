@@ -188,7 +188,11 @@ def halved(model: Stack) -> Stack:
 
 
 def export(model: Stack, given: dict[str, Tensor], path: Path) -> Path:
-    """Writes the ONNX model, its weights beside it."""
+    """Writes the ONNX model, its weights beside it.
+
+    Of a large model the exporter's own optimisation, which TensorRT repeats, is left out: it takes
+    ten times as long as all the rest (35 s against 3 s at 90 M parameters).
+    """
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     moved = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in given.items()}
@@ -200,6 +204,7 @@ def export(model: Stack, given: dict[str, Tensor], path: Path) -> Path:
             f=str(path),
             dynamo=True,
             external_data=True,
+            optimize=sum(p.numel() for p in model.parameters()) < 50_000_000,
             output_names=["keys", "values", "hidden_states"],
         )
     return path

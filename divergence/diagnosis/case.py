@@ -191,7 +191,8 @@ class Case:
         )
 
     def valid(self, name: str, tensor: Tensor) -> Tensor:
-        """`tensor` in float64, zero at padding and where it is not finite. Where one channel of a hidden state
+        """`tensor` in float64, zero at padding and where it is not finite. Where one channel of a hidden
+        state
         holds far more than the others, each channel counts in units of its own size: the rounding of a
         massive activation would bury what goes on in the others."""
         site = self.site_of(name)

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from divergence.diagnosis import narrow, nonfinite
-from divergence.diagnosis.case import ENOUGH, Case, Given, figure
+import torch
+
+from divergence.diagnosis import nonfinite, repro
+from divergence.diagnosis.case import Case, Given
 from divergence.diagnosis.causes import CAUSES, NONFINITE
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
 from divergence.diagnosis.hypotheses import Told, Tried, attempt
+from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
 from divergence.errors import one_line
 from divergence.probes import Progress, silent
 from divergence.result import Cause, Hypothesis, SiteResult
@@ -108,7 +112,7 @@ class Search:
             progress("looking for the cause", done, len(groups))
             lost = nonfinite.has_lost(failing)
             case = self._nonfinite(failing[0]) if lost else self._case(failing)
-            if case is None or (lost and not case.nonfinite):
+            if case is None or (lost and not case.nonfinite) or (done and self._follows(case)):
                 continue
             if not lost and alike.like(failing):
                 continue
@@ -136,6 +140,18 @@ class Search:
                 "one"
             )
         return found
+
+    def write_first(self, folder: Path) -> tuple[str, ...]:
+        """Writes the first layer that fails to `folder` (see `repro`); returns remarks.
+
+        Raises:
+            SourceError: it cannot be written.
+        """
+        failing = next(self._groups(), None)
+        case = self._case(failing) if failing else None
+        if case is None:
+            return ("no layer that fails could be replayed, so none was written",)
+        return (repro.write(folder, case),)
 
     def _told(self, found: Found) -> None:
         """Causes that the facts of the run tell."""
@@ -177,6 +193,15 @@ class Search:
             case = Case(self._given, unit, site, names)
         return case if site.tensor in case.candidate else None
 
+    def _follows(self, case: Case) -> bool:
+        """Whether an output of the model holds no more than the layers do: it was not replayed, or the
+        candidate's hidden states leave it as it was (keys and values of all layers in one tensor)."""
+        if case.at.layer is not None:
+            return False
+        reference = self._given.reference(case.at)
+        untouched = reference is not None and torch.equal(case.clean[case.tensor].cpu(), reference)
+        return case.result.introduced is None or untouched
+
     def _layer(self, site: Site) -> LayerUnit | None:
         calls = {(c.stack, c.layer, c.call): c for c in self._probe.calls}
         call = calls.get((site.stack, site.layer or 0, site.call))
@@ -210,15 +235,15 @@ class Search:
             tried = investigate(case)
             self._runs += case.memory.get("runs", 0)
             case, tried = self._before(case, tried)
-            found.hypotheses += [_hypothesis(case, t) for t in tried]
+            found.hypotheses += [hypothesis_of(case, t) for t in tried]
             found.notes += case.notes
             shown = site if not results else str(case.at)
             if not tried or tried[0].fit is None or not tried[0].fit.convincing:
-                found.causes.append(replace(_from_facts(case, found) or _unknown(case, tried), site=shown))
+                found.causes.append(replace(_from_facts(case, found) or unknown(case, tried), site=shown))
                 break
             best = tried[0]
             results.append(best)
-            found.causes.append(replace(_cause(case, best), site=shown))
+            found.causes.append(replace(cause_of(case, best), site=shown))
             case = None if case.nonfinite else _remaining(case, best)
         return results
 
@@ -315,96 +340,12 @@ def _extend(found: Found, again: Tried, case: Case) -> None:
             return
 
 
-def _cause(case: Case, tried: Tried) -> Cause:
-    evidence, _ = _evidence(case, tried)
-    fit = tried.fit
-    return Cause(
-        tried.id,
-        _title(tried),
-        evidence,
-        fit.explained if fit else None,
-        tried.trial.fix,
-        str(case.at),
-        tried.trial.reported(tried.value),
-    )
-
-
-def _title(tried: Tried) -> str:
-    return tried.trial.title.format(value=tried.value)
-
-
-def _hypothesis(case: Case, tried: Tried) -> Hypothesis:
-    evidence, against = _evidence(case, tried)
-    return Hypothesis(
-        str(case.at),
-        tried.id,
-        _title(tried),
-        evidence,
-        against,
-        tried.trial.reported(tried.value),
-        tried.fit.explained if tried.fit else None,
-        tried.fit.overall if tried.fit else None,
-        tried.trial.fix,
-    )
-
-
-def _evidence(case: Case, tried: Tried) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What speaks for and against a trial: the shares, tensor by tensor, and what the cause adds."""
-    supporting, against = list(tried.evidence), list(tried.against)
-    fit = tried.fit
-    if fit is not None:
-        for name, explained in fit.each.items():
-            what = "places that are not finite" if case.nonfinite else "error"
-            words = (
-                f"put into the reference it explains {100 * explained:.4g} % of the {what} of "
-                f"{case.site_of(name)}"
-            )
-            (supporting if explained > ENOUGH else against).append(words)
-        for name, times in fit.shown.items():
-            against.append(f"it would show at {case.site_of(name)} ({times:.3g}x the floor), which passes")
-        if fit.explained > ENOUGH:
-            supporting += tried.trial.evidence(case, tried.value)
-            supporting += list(nonfinite.facts(case)) if case.nonfinite else _untouched(case, fit.each)
-    return tuple(supporting), tuple(against)
-
-
-def _untouched(case: Case, each: Mapping[str, float]) -> list[str]:
-    """Sentences on tensors of the layer that pass."""
-    return [
-        f"{case.site_of(name)} passes ({figure(result.introduced_ratio or result.ratio)}x its floor), as "
-        "it should"
-        for name in case.error
-        if name not in each and (result := case.result_of(name)) is not None and result.verdict == "pass"
-    ]
-
-
 def _from_facts(case: Case, found: Found) -> Cause | None:
     """The first cause that facts alone tell."""
     for module in CAUSES:
         tell = getattr(module, "facts", None)
         told = tell(case) if tell is not None else None
         if told is not None:
-            found.hypotheses.append(_hypothesis(case, told))
-            return _cause(case, told)
+            found.hypotheses.append(hypothesis_of(case, told))
+            return cause_of(case, told)
     return None
-
-
-def _unknown(case: Case, tried: Sequence[Tried]) -> Cause:
-    closest = [
-        f"{t.id} {100 * t.fit.explained:.3g} %"
-        for t in tried[:3]
-        if t.fit is not None and t.fit.explained > 0.02
-    ]
-    evidence = list(nonfinite.facts(case)) if case.nonfinite else narrow.facts(case)
-    if closest:
-        evidence.append(f"closest of {len(tried)} causes tried: {', '.join(closest)} of the error explained")
-    else:
-        evidence.append(f"none of {len(tried)} causes tried explains any of the error")
-    return Cause(
-        "unknown",
-        "no known cause explains more than half of the error",
-        tuple(evidence),
-        None,
-        f"replay {case.at} alone with --repro DIR, and compare inside the layer with --detail",
-        str(case.at),
-    )

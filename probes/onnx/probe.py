@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,41 @@ class OnnxProbe:
         self._model: LightModel = read_light(Path(path))
         with _understanding(self.path):
             self._graph = Graph(self._model.proto)
-            self._map: SiteMap = map_graph(self._graph, sites or {}, reference, self.path)
+            self._overrides = sites or {}
+        self._map: SiteMap = map_graph(self._graph, self._overrides, reference, self.path)
         self._reference = reference
         self._provider = provider
         self._memory = memory
         self._threads = threads
         self._session: tuple[tuple[str, ...], Session] | None = None
+
+    @cached_property
+    def _digest(self) -> str:
+        return facts.digest(self._model)
+
+    def start(self, *, detail: bool = False) -> None:
+        """Loads the model into onnxruntime ahead of `run`, where its sites are known without one.
+
+        Args:
+            detail: as the run will be.
+
+        Raises:
+            SourceError: onnxruntime refuses the model.
+        """
+        if self._map.found:
+            _ = self._digest
+            values = [f.value for f in self._map.selected(detail=detail)]
+            names = tuple(dict.fromkeys((*values, *self._map.outputs)))
+            self._session = (
+                names,
+                Session(self._model, self._graph, names, self._provider, self._threads),
+            )
+
+    def refer(self, reference: Capture) -> None:
+        """Takes the reference's run, which came after the probe was made."""
+        self._reference = reference
+        if any(site.layer is not None and site not in self._map.found for site in reference.sites):
+            self._map = map_graph(self._graph, self._overrides, reference, self.path)
 
     def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:
         """The sites that names, scopes and the data flow show.
@@ -175,7 +205,7 @@ class OnnxProbe:
         return RunFacts(
             kind=self.kind,
             source=self.path,
-            model_digest=facts.digest(self._model),
+            model_digest=self._digest,
             precision=facts.precision(run.graph),
             stacks=site_map.stacks,
             versions={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
@@ -204,6 +234,7 @@ class OnnxProbe:
         missing = [site for site in reference.sites if site.layer is not None and site not in site_map.found]
         if not missing:
             return site_map
+        self._session = None  # of a session for more values, both would hold the weights
         sizes = sizes_wanted(missing, reference)
         values = [
             value

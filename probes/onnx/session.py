@@ -48,6 +48,8 @@ class Session:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry(_FOLDER, str(model.root))
+        # Its threads would keep cores busy after a run, which what comes next needs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:

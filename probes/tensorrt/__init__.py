@@ -21,3 +21,16 @@ builder.py    builds them
 hosts.py      how a program runs an engine
 hazards.py    what such a program forgets to wait for
 """
+
+from typing import Any
+
+__all__ = ["TensorRTProbe"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for, so that the worker and the command line load only what they need.
+    if name == "TensorRTProbe":
+        from divergence.probes.tensorrt.probe import TensorRTProbe
+
+        return TensorRTProbe
+    raise AttributeError(name)

@@ -83,10 +83,11 @@ class TensorRTProbe:
         self._worker: Worker | None = None
         self._verified: Future[None] | None = None
 
-    def start(self, host: str | None = None) -> None:
+    def start(self, *, detail: bool = False, host: str | None = None) -> None:  # noqa: ARG002 - the same engine either way
         """Gets ready while other work is done: the worker loads the engine, the plan is verified.
 
         Args:
+            detail: as the run will be.
             host: what will run it; by default the first of the options'.
         """
         if self._given is None and self._worker is None:
@@ -97,6 +98,10 @@ class TensorRTProbe:
             pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
             self._verified = pool.submit(verify, self.path, self.sidecar)
             pool.shutdown(wait=False)
+
+    def refer(self, reference: Capture) -> None:
+        """Takes the reference's run, which came after the probe was made."""
+        self.reference = reference
 
     def close(self) -> None:
         """Ends the worker."""
@@ -189,7 +194,7 @@ class TensorRTProbe:
         )
 
     def _call(self, job: str, request: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
-        self.start(request.get("host"))
+        self.start(host=request.get("host"))
         if self._verified is not None:
             self._verified.result()
         runner = self._given or self._worker

@@ -62,7 +62,7 @@ def rotary(angles: Callable[[Tensor, Tensor], Tensor]) -> Plant:
 
 
 def diagnosed(
-    reference: nn.Module, candidate: nn.Module, inputs: Mapping[str, Tensor], **options: Any
+    reference: nn.Module, candidate: object, inputs: Mapping[str, Tensor], **options: Any
 ) -> Comparison:
     """The comparison, which has to fail."""
     result = divergence.compare(reference, candidate, inputs, **options)

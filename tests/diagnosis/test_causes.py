@@ -156,36 +156,123 @@ def _linear(kind: type[nn.Linear]) -> Callable[[Any], None]:
 
 
 KNOWN = {
-    "value gain": Known("weight_scale", "layers.1.value", _weight(1, "self_attn.v_proj", lambda w: w * 1.02), parameters={"gain": 1.02}),
-    "down gain": Known("weight_scale", "layers.1.hidden", _weight(1, "mlp.down_proj", lambda w: w * 1.1), "qwen3", {"gain": 1.1}),
-    "fused gain": Known("weight_scale", "layers.1.hidden", lambda m: layer(m, 1).mlp.c_proj.weight.mul_(0.9), "gpt2", {"gain": 0.9}),
+    "value gain": Known(
+        "weight_scale",
+        "layers.1.value",
+        _weight(1, "self_attn.v_proj", lambda w: w * 1.02),
+        parameters={"gain": 1.02},
+    ),
+    "down gain": Known(
+        "weight_scale",
+        "layers.1.hidden",
+        _weight(1, "mlp.down_proj", lambda w: w * 1.1),
+        "qwen3",
+        {"gain": 1.1},
+    ),
+    "fused gain": Known(
+        "weight_scale",
+        "layers.1.hidden",
+        lambda m: layer(m, 1).mlp.c_proj.weight.mul_(0.9),
+        "gpt2",
+        {"gain": 0.9},
+    ),
     "heads": Known("weight_permuted", "layers.1.value", _heads, parameters={"order": [1, 0]}),
     "swapped": Known("kv_swapped", "layers.1.key", _swapped),
     "order": Known("layer_order", "layers.0.key", _order, parameters={"holds": 2}),
-    "zero": Known("weights_collapsed", "layers.1.hidden", _weight(1, "mlp.down_proj", torch.zeros_like), parameters={"value": 0.0}),
-    "int8": Known("quant_int8", "layers.1.key", _weight(1, "self_attn.k_proj", _int8), parameters={"per_tensor": True}),
-    "fp8": Known("quant_fp8", "layers.1.value", _weight(1, "self_attn.v_proj", _fp8), "gemma2", {"format": "e4m3"}),
-    "bf16 weight": Known("weight_precision", "layers.1.value", _weight(1, "self_attn.v_proj", lambda w: w.bfloat16().float()), parameters={"precision": "bf16"}),
+    "zero": Known(
+        "weights_collapsed",
+        "layers.1.hidden",
+        _weight(1, "mlp.down_proj", torch.zeros_like),
+        parameters={"value": 0.0},
+    ),
+    "int8": Known(
+        "quant_int8", "layers.1.key", _weight(1, "self_attn.k_proj", _int8), parameters={"per_tensor": True}
+    ),
+    "fp8": Known(
+        "quant_fp8", "layers.1.value", _weight(1, "self_attn.v_proj", _fp8), "gemma2", {"format": "e4m3"}
+    ),
+    "bf16 weight": Known(
+        "weight_precision",
+        "layers.1.value",
+        _weight(1, "self_attn.v_proj", lambda w: w.bfloat16().float()),
+        parameters={"precision": "bf16"},
+    ),
     "misread weight": Known("dtype_misread", "layers.1.value", _weight(1, "self_attn.v_proj", _misread)),
-    "eps": Known("norm_eps", "layers.0.key", every(_set("input_layernorm.variance_epsilon", 1e-3)), parameters={"epsilon": 1e-3}),
-    "eps layer norm": Known("norm_eps", "layers.0.hidden", every(_set("ln_2.eps", 1e-3)), "gpt2", {"epsilon": 1e-3}),
-    "offset": Known("norm_offset", "layers.1.key", lambda m: layer(m, 1).input_layernorm.weight.sub_(1), "gemma2", {"offset": -1.0}),
+    "eps": Known(
+        "norm_eps",
+        "layers.0.key",
+        every(_set("input_layernorm.variance_epsilon", 1e-3)),
+        parameters={"epsilon": 1e-3},
+    ),
+    "eps layer norm": Known(
+        "norm_eps", "layers.0.hidden", every(_set("ln_2.eps", 1e-3)), "gpt2", {"epsilon": 1e-3}
+    ),
+    "offset": Known(
+        "norm_offset",
+        "layers.1.key",
+        lambda m: layer(m, 1).input_layernorm.weight.sub_(1),
+        "gemma2",
+        {"offset": -1.0},
+    ),
     "activation": Known("activation", "layers.0.hidden", every(_set("mlp.act_fn", nn.GELU()))),
     "gelu": Known("activation", "layers.0.hidden", every(_set("mlp.act", nn.GELU())), "gpt2"),
-    "scale": Known("attention_scale", "layers.0.hidden", every(_set("self_attn.scaling", 0.5)), parameters={"factor": 0.5 * 8**0.5}),
-    "scale eager": Known("attention_scale", "layers.0.hidden", every(_set("self_attn.scaling", 0.5)), "llama-eager", {"factor": 0.5 * 8**0.5}),
-    "softmax": Known("softmax_precision", "layers.0.hidden", _attention(_bf16_attention), parameters={"precision": "bf16"}),
+    "scale": Known(
+        "attention_scale",
+        "layers.0.hidden",
+        every(_set("self_attn.scaling", 0.5)),
+        parameters={"factor": 0.5 * 8**0.5},
+    ),
+    "scale eager": Known(
+        "attention_scale",
+        "layers.0.hidden",
+        every(_set("self_attn.scaling", 0.5)),
+        "llama-eager",
+        {"factor": 0.5 * 8**0.5},
+    ),
+    "softmax": Known(
+        "softmax_precision", "layers.0.hidden", _attention(_bf16_attention), parameters={"precision": "bf16"}
+    ),
     "mask ahead": Known("mask_leak", "layers.0.hidden", _attention(_ahead), parameters={"ahead": 1}),
-    "mask ahead eager": Known("mask_leak", "layers.0.hidden", _attention(_ahead), "llama-eager", {"ahead": 1}),
+    "mask ahead eager": Known(
+        "mask_leak", "layers.0.hidden", _attention(_ahead), "llama-eager", {"ahead": 1}
+    ),
     "no mask": Known("mask_missing", "layers.0.hidden", _attention(_blind)),
-    "rope bf16": Known("rope_precision", "layers.0.key", _rounded("position", "inv_freq", "angle"), parameters={"precision": "bf16", "rounded": ["position", "inv_freq", "angle"]}, tokens=400),
-    "rope inv_freq": Known("rope_precision", "layers.0.key", _rounded("inv_freq"), "gemma2", {"precision": "bf16", "rounded": ["inv_freq"]}),
-    "rope angle fp16": Known("rope_precision", "layers.0.key", _rounded("angle", dtype=torch.float16), "qwen3", {"precision": "fp16", "rounded": ["angle"]}, tokens=100),
-    "rope shift": Known("rope_position", "layers.0.key", rotary(lambda p, f: (p + 7) * f), parameters={"offset": 7}),
-    "rope backwards": Known("rope_layout", "layers.0.key", rotary(lambda p, f: -p * f), parameters={"sign": -1.0}),
-    "accumulation": Known("accumulation_precision", "layers.0.key", _linear(_Accumulating), parameters={"accumulator": "fp16", "terms": 16}),
+    "rope bf16": Known(
+        "rope_precision",
+        "layers.0.key",
+        _rounded("position", "inv_freq", "angle"),
+        parameters={"precision": "bf16", "rounded": ["position", "inv_freq", "angle"]},
+        tokens=400,
+    ),
+    "rope inv_freq": Known(
+        "rope_precision",
+        "layers.0.key",
+        _rounded("inv_freq"),
+        "gemma2",
+        {"precision": "bf16", "rounded": ["inv_freq"]},
+    ),
+    "rope angle fp16": Known(
+        "rope_precision",
+        "layers.0.key",
+        _rounded("angle", dtype=torch.float16),
+        "qwen3",
+        {"precision": "fp16", "rounded": ["angle"]},
+        tokens=100,
+    ),
+    "rope shift": Known(
+        "rope_position", "layers.0.key", rotary(lambda p, f: (p + 7) * f), parameters={"offset": 7}
+    ),
+    "rope backwards": Known(
+        "rope_layout", "layers.0.key", rotary(lambda p, f: -p * f), parameters={"sign": -1.0}
+    ),
+    "accumulation": Known(
+        "accumulation_precision",
+        "layers.0.key",
+        _linear(_Accumulating),
+        parameters={"accumulator": "fp16", "terms": 16},
+    ),
     "tf32": Known("tf32", "layers.0.key", _linear(_Tf32)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -318,6 +405,39 @@ def test_what_the_engine_probe_found_out_comes_first(
 
     reference = MODELS["llama"]()
     candidate = Telling(planted(reference, KNOWN["value gain"].fault))
-    result = diagnosed(reference, candidate, inputs_for("llama"))  # type: ignore[arg-type]
+    result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == [cause, "weight_scale"]
     assert result.causes[0].explained is None and result.causes[0].evidence
+
+
+def test_outputs_that_only_hold_the_layers_keys_get_no_cause_of_their_own() -> None:
+    from divergence.demo.model import DemoDecoder
+
+    def fault(model: Any) -> None:
+        model.layers[1].self_attn.k_proj.weight.mul_(1.05)
+
+    reference = DemoDecoder().eval()
+    inputs = {"input_ids": torch.arange(24)[None] * 7 % 512}
+    result = diagnosed(reference, planted(reference, fault), inputs)
+    assert result.site("output.keys").verdict == "fail"
+    assert [(c.id, c.site) for c in result.causes] == [("weight_scale", "layers.1.key")]
+
+
+def test_an_emulation_that_breaks_does_not_cost_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    from divergence.diagnosis import search
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such operator")
+
+    reference = MODELS["llama"]()
+    candidate = planted(reference, KNOWN["value gain"].fault)
+    monkeypatch.setattr(search, "attempt", broken)
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert [c.id for c in result.causes] == ["unknown"]
+    assert any("weight_scale could not be emulated" in note for note in result.notes)
+    monkeypatch.setattr(search, "investigate", broken)
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert not result.causes
+    assert any(
+        "the cause could not be looked for (RuntimeError: no such operator)" in n for n in result.notes
+    )

@@ -63,7 +63,8 @@ def test_norm_statistics_beyond_fp16_are_named() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             squares = (x.half() * x.half()).float()
-            return self.weight * (x * torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps))
+            made: Tensor = self.weight * (x * torch.rsqrt(squares.mean(-1, keepdim=True) + self.eps))
+            return made
 
     reference = planted(MODELS["llama"](), lambda m: m.model.embed_tokens.weight[:, 5].add_(900.0))
 

@@ -27,8 +27,13 @@ from divergence.probes.fake import FakeProbe
 from divergence.probes.onnx import OnnxProbe
 from divergence.probes.pytorch import PyTorchProbe
 from divergence.probes.recorded import RecordedProbe
+from divergence.probes.tensorrt.probe import TensorRTProbe
+from divergence.probes.tensorrt.process import Worker
 from tests.probes import contract
 from tests.probes.contract import CHECKS, CaseMaker, ProbeCase
+from tests.tensorrt.engines import INPUTS as ENGINE_INPUTS
+from tests.tensorrt.engines import engine
+from tests.tensorrt.stand_in import StandIn, write_engine
 
 CASES: dict[str, tuple[CaseMaker, tuple[pytest.MarkDecorator, ...]]] = {}
 
@@ -151,6 +156,41 @@ def make_onnx(folder: Path) -> ProbeCase:
     )
 
 
+@case("tensorrt")
+def make_tensorrt(folder: Path) -> ProbeCase:
+    """The probe of engines, with a stand-in for the process that runs them."""
+    plan, changed = write_engine(folder), write_engine(folder, content=b"changed", name="changed")
+    runner = StandIn(folder)
+    return ProbeCase(
+        probe=TensorRTProbe(plan, runner=runner),
+        same=lambda: TensorRTProbe(plan, runner=runner),
+        changed=lambda: TensorRTProbe(changed, runner=runner),
+        inputs=DEMO_INPUTS,
+        wrong_inputs=DEMO_WRONG_INPUTS,
+        has_detail=False,
+    )
+
+
+@case("tensorrt on a device", pytest.mark.tensorrt, pytest.mark.slow)
+def make_tensorrt_on_a_device(folder: Path) -> ProbeCase:
+    """The probe of engines as they run, in one worker."""
+    plan, changed = engine("fp32", plain=False), engine("fp32", fault="rotary-bf16", plain=False)
+    del folder
+    runner = Worker()
+    return ProbeCase(
+        probe=TensorRTProbe(plan, runner=runner),
+        same=lambda: TensorRTProbe(plan, runner=runner),
+        changed=lambda: TensorRTProbe(changed, runner=runner),
+        inputs=ENGINE_INPUTS,
+        wrong_inputs={
+            "a name is missing": {"attention_mask": ENGINE_INPUTS["attention_mask"]},
+            "nothing": {},
+            "another length": {name: t[:, :7] for name, t in ENGINE_INPUTS.items()},
+        },
+        has_detail=False,
+    )
+
+
 def test_every_probe_has_a_case() -> None:
     """Under the name of its module or package in `probes/`."""
 
@@ -160,11 +200,14 @@ def test_every_probe_has_a_case() -> None:
             inspect.isclass(member)
             and member.__module__.startswith(module.__name__)
             and {"describe", "run"} <= vars(member).keys()
-            for member in vars(module).values()
+            for member in (
+                *vars(module).values(),
+                *(getattr(module, n) for n in vars(module).get("__all__", ())),
+            )
         )
 
     found = {info.name for info in pkgutil.iter_modules(probes.__path__) if holds_a_probe(info.name)}
-    assert {"fake", "recorded", "pytorch", "onnx"} <= found
+    assert {"fake", "recorded", "pytorch", "onnx", "tensorrt"} <= found
     assert found <= CASES.keys()
 
 

@@ -114,7 +114,7 @@ def test_an_introduced_error_is_told_apart_from_what_came_in() -> None:
 def test_a_ratio_of_the_median_token_is_said_to_be_one() -> None:
     """Under a massive activation the whole tensor's error over its floor explains nothing."""
     text = render(comparison(site(0, "key", 50.0, rel_l2=1e-5, row_rel_l2=2e-3)))
-    assert "error 2.0e-3 is 50x the noise floor at the median token (limit 4x)" in text
+    assert "error 2.0e-3 is 50x the noise floor at the median token or channel (limit 4x)" in text
 
 
 def test_the_limit_of_a_single_site_is_the_one_shown() -> None:

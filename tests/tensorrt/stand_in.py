@@ -102,7 +102,7 @@ class StandIn:
         self.requests.append({"job": job, **request})
         progress("running the engine", 0, 0)
         if job.endswith(":describe"):
-            return {**self._answer(self._tensors(demo.inputs(tokens=4), "")), "about": about}
+            return self._answer(self._tensors(demo.inputs(tokens=4), ""), built=True)
         inputs = load_file(request["inputs"])
         for name in demo.INPUTS:
             if name not in inputs:
@@ -129,10 +129,16 @@ class StandIn:
         }
         return {name: t.contiguous() for name, t in noisy.items()}
 
-    def _answer(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    def _answer(self, tensors: Mapping[str, torch.Tensor], *, built: bool = False) -> dict[str, Any]:
+        """The facts; with `built` those of an engine that was not run, whose sizes are open."""
         io = [{"name": n, "input": True, "dtype": "int64", "shape": [1, -1]} for n in demo.INPUTS]
         io += [
-            {"name": n, "input": False, "dtype": "float32", "shape": list(t.shape)}
+            {
+                "name": n,
+                "input": False,
+                "dtype": "float32",
+                "shape": [-1] * t.dim() if built else list(t.shape),
+            }
             for n, t in tensors.items()
         ]
         return {
