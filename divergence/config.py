@@ -90,10 +90,10 @@ class SourceConfig:
     """A named source. Exactly one of `model` and `path` is given.
 
     Attributes:
-        model: `FILE.py:FUNC` or `MODULE:FUNC`, a callable that returns the module; a file is absolute.
-        path: absolute path of an `.onnx` file, an engine or a capture.
-        dtype: dtype to convert the model to (`float32`, ...), or None to leave it.
-        provider: execution provider of onnxruntime, or None for its default.
+        model: `FILE.py:FUNC` or `MODULE:FUNC`, a callable that returns the module; a file is made absolute.
+        path: an `.onnx` file, an engine or a capture; made absolute.
+        dtype: dtype to convert the model's parameters to; without it they are left as they are.
+        provider: execution provider of onnxruntime; `CPUExecutionProvider` without it.
         sites: name of the source's own value by site, where finding it fails or errs.
         inputs: name in our inputs by the source's input name, where they differ.
         axes: names of the axes of a tensor by site, where sizes alone leave them open.
@@ -113,7 +113,8 @@ class Config:
     """The configuration; all defaults where there is no file.
 
     Attributes:
-        inputs: where the inputs come from (`divergence.inputs.load_inputs`); a file is absolute.
+        inputs: where the inputs come from: a `.safetensors` or `.npz` file, `FILE.py:FUNC` or
+            `MODULE:FUNC`; a file is made absolute.
         sources: sources by name.
         tolerance: how sites are judged.
         exclude: patterns of sites that are not compared.
