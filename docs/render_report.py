@@ -1,27 +1,25 @@
-"""Draws a report as the terminal shows it: `python docs/render_report.py report.json picture.svg`."""
+"""Takes the picture of a report's first screen: `python docs/render_report.py report docs/images/report.png`.
+
+Needs Chromium on the PATH. The picture of the README is that of the bundled model's planted fault, as
+`divergence demo --out demo` reports it in demo/rotary-bf16.
+"""
 
 from __future__ import annotations
 
-import io
-import re
+import shutil
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
+from playwright.sync_api import sync_playwright
 
-from divergence.reports.terminal import render
-from divergence.result import Comparison
-
-WIDTH = 112
+WIDTH, HEIGHT = 1200, 845
 
 if __name__ == "__main__":
-    report, picture = map(Path, sys.argv[1:])
-    text = render(Comparison.from_json(report.read_text(encoding="utf-8")), width=WIDTH, color=True)
-    shown = text.split("\nRun\n")[0].split("\n\x1b[1mRun\x1b[0m")[0]
-    console = Console(record=True, width=WIDTH, file=io.StringIO())
-    console.print(Text.from_ansi(shown))
-    svg = console.export_svg(title="divergence compare --ref pytorch --cand model.onnx")
-    # The fonts of the reader's machine: a picture that loads something is no picture.
-    svg = re.sub(r"@font-face \{.*?\}\n", "", svg, flags=re.DOTALL)
-    picture.write_text(svg.replace("Fira Code", "monospace"), encoding="utf-8")
+    folder, picture = map(Path, sys.argv[1:])
+    with sync_playwright() as playwright:
+        # Containers run as root, where Chromium's sandbox cannot.
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+        page.goto((folder / "report.html").absolute().as_uri())
+        page.screenshot(path=picture)
+        browser.close()
