@@ -43,7 +43,7 @@ def test_a_notebook_runs(path: Path) -> None:
 
 def test_a_cell_that_fails_fails() -> None:
     """Else the test above would pass whatever a notebook says."""
-    cell = nbformat.v4.new_code_cell("assert 1 > 2")  # type: ignore[no-untyped-call] # ships none
-    notebook = nbformat.v4.new_notebook(cells=[cell])  # type: ignore[no-untyped-call]
+    cell = nbformat.v4.new_code_cell("assert 1 > 2")
+    notebook = nbformat.v4.new_notebook(cells=[cell])
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="AssertionError"):
         nbclient.NotebookClient(notebook, timeout=LIMIT_S, kernel_name="python3").execute()

@@ -1,4 +1,4 @@
-"""Engines on a real device. Everything here needs TensorRT and a GPU; the README says how to run it."""
+"""Engines on a real device. Everything here needs TensorRT and a GPU; docs/tensorrt.md says how to run it."""
 
 from __future__ import annotations
 
