@@ -303,7 +303,7 @@ def test_a_page_from_report_json_is_the_page_itself() -> None:
 @pytest.mark.slow
 def test_two_hundred_reports_in_a_session_stay_under_two_hundred_megabytes() -> None:
     """All reports of SmolLM2's 30 layers in a process of their own: its peak, and what 200 would add."""
-    script = """
+    script = r"""
 import pathlib, re, tempfile
 from divergence.reports import write_all
 from tests.reports.cases import recorded
