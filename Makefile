@@ -1,7 +1,7 @@
 # Everything is reached through make: `make setup`, `demo`, `test`, `test-fast`, `lint`, `bench`, `lock`.
 
 PYTHON ?= python3
-PYTESTFLAGS ?=
+PYTESTFLAGS ?= --numprocesses auto --maxprocesses 4
 
 BIN := .venv/bin
 # Stamps hold what was installed: a target runs again only when a file that it depends on is newer.

@@ -14,9 +14,9 @@ from divergence.captures import Capture
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
-from divergence.noise import Floor, emulated, measure
+from divergence.noise import Floor
 from divergence.precision import check_precision
-from divergence.prepared import Reference, prepare, valid_tokens
+from divergence.prepared import Reference, compare_pair, floors_of, prepare, valid_tokens
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
@@ -220,7 +220,9 @@ class Job:
         replayed = ReplayResult({})
         if not all(m.bit_equal for m in metrics.values()):
             if any(self.tolerance.judges_by_floor(site) for site in metrics):
-                floors, floor_from = self._least_floors(precision) or self._floors(pytorch, precision)
+                floors, floor_from = self._least_floors(precision) or floors_of(
+                    self.prepared, precision, self.setting
+                )
             replayed = self._replay(pytorch, precision, metrics, floors)
         self.floors = floors
         self.notes += replayed.notes
@@ -261,13 +263,8 @@ class Job:
     def _mask(self, site: Site, tensor: Tensor) -> Tensor | None:
         return valid_tokens(self.reference, site, tensor)
 
-    def _metrics(self, pair: Pair, taken: Capture | None = None) -> Metrics:
-        """The pair's tensor in `taken` (the candidate's capture by default) against the reference's."""
-        ref = self.reference.tensor(pair.reference)
-        cand = pair.layout.apply((taken or self.candidate).tensor(pair.candidate))
-        return compare_tensors(
-            ref, cand, axes=self._axes(pair.reference), mask=self._mask(pair.reference, ref)
-        )
+    def _metrics(self, pair: Pair) -> Metrics:
+        return compare_pair(pair, self.reference, self.candidate)
 
     def _precision(self) -> tuple[str, str]:
         if self.options.precision:
@@ -293,42 +290,7 @@ class Job:
         """Measures the floor while an engine's worker loads, where the engine's precision is known."""
         precision = self.options.precision or getattr(probe, "expected_precision", None)
         if probe.kind == "tensorrt" and precision and pytorch and self.tolerance.policy == "noise-floor":
-            self._floors(pytorch, precision)
-
-    def _floors(self, pytorch: PyTorchProbe | None, precision: str) -> tuple[Mapping[Site, Floor], str]:
-        known = self.prepared.floors
-        if precision not in known:
-            known[precision] = self._measured(pytorch, precision)
-        return known[precision]
-
-    def _measured(self, pytorch: PyTorchProbe | None, precision: str) -> tuple[Mapping[Site, Floor], str]:
-        if self.options.floor is not None:
-            return self._floors_from(self.options.floor, precision)
-        if pytorch is None:
-            raise ConfigurationError(
-                f"{self.reference.facts.source}: only a PyTorch reference can be run in {precision} for the "
-                "noise floor; give --floor SRC, or judge by absolute limits (--tolerance rel_l2=1e-2)"
-            )
-        run_in = emulated(self.reference.facts.precision, precision)
-        floors = measure(
-            pytorch,
-            self.inputs,
-            self.reference,
-            precision,
-            self._mask,
-            detail=self.options.detail,
-            progress=self.progress,
-        )
-        return floors, f"the reference run in {run_in}"
-
-    def _floors_from(self, source: object, precision: str) -> tuple[Mapping[Site, Floor], str]:
-        probe = open_source(source, self.config, reference=self.reference, memory=self.options.memory)
-        taken = self.setting.record(probe, "floor")
-        floors = {
-            pair.reference: Floor.of(self._metrics(pair, taken), precision)
-            for pair in align(self.reference.entries, taken.entries).pairs
-        }
-        return floors, f"given: {taken.facts.source}"
+            floors_of(self.prepared, precision, self.setting)
 
     def _judge(
         self,

@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from divergence.alignment import Pair, align
+from divergence.comparison import compare_tensors
+from divergence.errors import ConfigurationError
+from divergence.noise import Floor, emulated, measure
 from divergence.setting import Setting
 from divergence.sources import open_source
 
@@ -13,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from divergence.captures import Capture
-    from divergence.noise import Floor
+    from divergence.comparison.metrics import Metrics
     from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.sites import Site
@@ -44,6 +48,61 @@ def prepare(ref: object, setting: Setting) -> Reference:
     pytorch = as_pytorch(probe)
     capture = setting.record(probe, "reference", **({"record": True} if pytorch else {}))
     return Reference(capture, pytorch)
+
+
+def floors_of(reference: Reference, precision: str, setting: Setting) -> tuple[Mapping[Site, Floor], str]:
+    """The noise floors of the reference in `precision`, and how they were taken, in words. They are taken
+    once.
+
+    Raises:
+        ConfigurationError: the reference is no PyTorch module, and no other source of floors was given.
+        SourceError: the reference cannot run in that precision.
+    """
+    if precision not in reference.floors:
+        if setting.options.floor is not None:
+            reference.floors[precision] = _given(reference, precision, setting)
+        else:
+            reference.floors[precision] = _measured(reference, precision, setting)
+    return reference.floors[precision]
+
+
+def _measured(reference: Reference, precision: str, setting: Setting) -> tuple[Mapping[Site, Floor], str]:
+    capture = reference.capture
+    if reference.pytorch is None:
+        raise ConfigurationError(
+            f"{capture.facts.source}: only a PyTorch reference can be run in {precision} for the noise "
+            "floor; give --floor SRC, or judge by absolute limits (--tolerance rel_l2=1e-2)"
+        )
+    floors = measure(
+        reference.pytorch,
+        setting.inputs,
+        capture,
+        precision,
+        lambda site, tensor: valid_tokens(capture, site, tensor),
+        detail=setting.options.detail,
+        progress=setting.progress,
+    )
+    return floors, f"the reference run in {emulated(capture.facts.precision, precision)}"
+
+
+def _given(reference: Reference, precision: str, setting: Setting) -> tuple[Mapping[Site, Floor], str]:
+    capture, options = reference.capture, setting.options
+    probe = open_source(options.floor, setting.config, reference=capture, memory=options.memory)
+    taken = setting.record(probe, "floor")
+    floors = {
+        pair.reference: Floor.of(compare_pair(pair, capture, taken), precision)
+        for pair in align(capture.entries, taken.entries).pairs
+    }
+    return floors, f"given: {taken.facts.source}"
+
+
+def compare_pair(pair: Pair, reference: Capture, candidate: Capture) -> Metrics:
+    """The candidate's tensor of `pair`, in the reference's layout, against the reference's."""
+    site = pair.reference
+    ref = reference.tensor(site)
+    cand = pair.layout.apply(candidate.tensor(pair.candidate))
+    axes = reference.entries[site].axes
+    return compare_tensors(ref, cand, axes=axes, mask=valid_tokens(reference, site, ref))
 
 
 def as_pytorch(probe: Probe) -> PyTorchProbe | None:

@@ -60,7 +60,7 @@ class RecordedProbe:
         detail: bool = False,
         progress: Progress = silent,
     ) -> RunFacts:
-        """Hands over the recorded tensors, memory-mapped.
+        """Hands over copies of the recorded tensors, one at a time.
 
         Args:
             inputs: what the other source runs on, to be checked against what the capture ran on;
@@ -85,6 +85,6 @@ class RecordedProbe:
         wanted = [site for site in capture.sites if detail or site.tensor not in DETAIL_TENSORS]
         for done, site in enumerate(wanted, 1):
             entry = capture.entries[site]
-            sink(Observation(site, capture.tensor(site), entry.axes, entry.found))
+            sink(Observation(site, capture.tensor(site).clone(), entry.axes, entry.found))
             progress("reading the capture", done, len(wanted))
         return capture.facts

@@ -46,7 +46,7 @@ def write_contract(page: Page, contract: Mapping[str, Any]) -> None:
     layers = counted(int(contract.get("engine_layers") or 0), "layer")
     requested = f", built for {contract['requested']}," if contract.get("requested") else ""
     page.section("Contract", f"what the engine of {layers}{requested} does with each module")
-    asked = {(item["module"], item["role"]) for item in contract.get("ignored") or ()}
+    asked = {(item.get("module"), item.get("role")) for item in contract.get("ignored") or ()}
     page.pairs(_merged([(row, _fate(row, told=(row["module"], row["role"]) in asked)) for row in rows]))
     if not rows:
         page.labelled("-", "no ONNX node could be traced to a layer of the engine")

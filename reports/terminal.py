@@ -90,7 +90,7 @@ def render_description(
 
 
 def _contract(page: Page, contract: Mapping[str, Any]) -> None:
-    if "rows" in contract:
+    if all("precision" in row for row in contract.get("rows") or [{}]):
         from divergence.reports.contract import write_contract
 
         write_contract(page, contract)

@@ -7,6 +7,10 @@ import os
 import shutil
 from collections.abc import Callable
 
+# Before torch is imported: tests run in several processes, and threads that wait for each other on a busy
+# machine take ten times as long as one alone.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

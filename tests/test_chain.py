@@ -215,7 +215,7 @@ def test_the_noise_floor_is_taken_once_for_each_precision(monkeypatch: pytest.Mo
         taken.append(precision)
         return measure(probe, given, reference, precision, *args, **options)
 
-    monkeypatch.setattr("divergence.pipeline.measure", counted)
+    monkeypatch.setattr("divergence.prepared.measure", counted)
     half, rough = load(dtype=torch.float16), load(dtype=torch.bfloat16)
     chained(load(), [half, half, rough, half])
     assert taken == ["fp16", "bf16"]

@@ -133,7 +133,7 @@ def test_inspect_lists_the_sites(folder: Path) -> None:
         (["--cand", "pytorch:absent.py:load"], "absent.py: no such file"),
         (["--cand", "pytorch:broken.py:load"], "SyntaxError"),
         (["--cand", "model.py"], "model.py"),
-        (["--cand", "engine.plan"], "TensorRT"),
+        (["--cand", "engine.plan"], "engine.plan: no such file; build it"),
         (["--cand", "pytorch", "--precision", "fp61"], "precision 'fp61' is unknown"),
         (["--cand", "pytorch", "--inputs", "none.npz"], "none.npz"),
         (["--cand", "pytorch", "--tolerance", "cosin=1"], "cosin"),

@@ -48,6 +48,9 @@ PLACEHOLDERS = {
 NEEDS_DEVICE = ("divergence build ", ".plan")
 """Parts of commands that need TensorRT and a device: their options are read, and nothing runs."""
 
+SCRIPTS = ("benchmarks/**/*.py", "tests/faults/*.py", "divergence/*.py")
+"""Where options of other programs than `divergence` are added."""
+
 FAULTY = ("--cand faulty.onnx", "divergence report DIR")
 """Parts of commands that report the planted fault: their exit status is 1."""
 
@@ -149,8 +152,8 @@ def looked_up(program: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def options_of(script: Path) -> set[str]:
-    """Options that a script adds to its parser."""
-    found = re.findall(r"add_(?:argument|option)\(\s*\"(--[a-z-]+)\"", script.read_text("utf-8"))
+    """Options that a script adds to its parser, or to pytest's."""
+    found = re.findall(r"add_?(?:argument|option)\(\s*\"(--[a-z-]+)\"", script.read_text("utf-8"))
     return set(found)
 
 
@@ -285,7 +288,7 @@ def test_documented_flags_exist(page: Path) -> None:
     from divergence.cli import main
 
     known = {flag for c in main.commands.values() for p in c.params for flag in (*p.opts, *p.secondary_opts)}
-    for script in (*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tests/faults/*.py")):
+    for script in (p for folder in SCRIPTS for p in ROOT.glob(folder)):
         known |= options_of(script)
     named = set(re.findall(r"`(--[a-z-]+)", page.read_text("utf-8")))
     assert named <= known | {"--help"}

@@ -84,7 +84,7 @@ class OnnxProbe:
         with _understanding(self.path):
             self._graph = Graph(self._model.proto)
             self._overrides = sites or {}
-        self._map: SiteMap = map_graph(self._graph, self._overrides, reference, self.path)
+            self._map: SiteMap = map_graph(self._graph, self._overrides, reference, self.path)
         self._reference = reference
         self._provider = provider
         self._memory = memory

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from divergence.probes.onnx.found import Found
     from divergence.probes.onnx.graph import Graph
 
+BUILD = "divergence.probes.tensorrt.builder:build"
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "typed", "fp8", "int8")
 LOOKS = ("outputs", "debug", "none")
 SUFFIXES = (".plan", ".engine", ".trt")
@@ -94,9 +95,13 @@ def build_engine(
         _check_quantised(graph, options.precision, model)
         visible = found if options.look != "none" else ()
         request = _request(model, out, options, graph, visible, inputs)
-        result = worker.call(
-            "divergence.probes.tensorrt.builder:build", request, about=str(model), progress=progress
-        )
+        try:
+            result = worker.call(BUILD, request, about=str(model), progress=progress)
+        except SourceError as error:
+            if worker.alive or options.look != "debug":
+                raise
+            # TensorRT 10.6 was seen to die of hidden states that were debug tensors.
+            raise SourceError(f"{error}; or make the sites visible otherwise (--look outputs)") from error
     lost = set(result["lost"])
     plain = Path(request["plain"]) if request["plain"] else None
     sidecar = Sidecar(

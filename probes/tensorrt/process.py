@@ -136,6 +136,11 @@ class Worker:
             "nothing else was lost: mend or rebuild the engine and run again"
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def log(self) -> list[str]:
         """The lines that the process wrote to its standard error so far."""
         self._log.seek(0)

@@ -63,7 +63,7 @@ def test_explain_says_why_there_is_nothing_to_explain(tmp_path: Path) -> None:
 
 
 def test_explain_without_a_report_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no report to read"):
+    with pytest.raises(SourceError, match="no such report"):
         load_report(tmp_path)
 
 
