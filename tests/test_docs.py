@@ -83,7 +83,7 @@ COMMANDS = [(page.name, command) for page in PAGES for command in commands_of(pa
 @pytest.fixture(scope="session")
 def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model under the names that the pages use, with the README's own configuration; a
-    capture of it, and the reports of the faulty and of the clean candidate."""
+    capture of it and one of a candidate, and the reports of the faulty and of the clean candidate."""
     folder = tmp_path_factory.mktemp("ready")
     (folder / "model.py").write_text(MODEL)
     for name in ("model.onnx", "clean.onnx"):
@@ -96,6 +96,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wrapper = '\n[sources.wrapper]\nmodel = "model.py:load"\n'
     (folder / "divergence.toml").write_text(configuration + wrapper)
     divergence.capture(demo.load(), inputs, folder / "reference.capture")
+    divergence.capture(folder / "model.onnx", inputs, folder / "engine.capture")
     for name, report in (("faulty.onnx", "report"), ("model.onnx", "report-mended")):
         write_all(divergence.compare(demo.load(), folder / name, inputs), folder / report)
     return folder
@@ -205,6 +206,20 @@ def test_every_page_is_on_the_map() -> None:
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     for page in (ROOT / "docs").glob("*.md"):
         assert page.name == "index.md" or f"]({page.name})" in index, page.name
+
+
+def test_every_cause_has_its_line() -> None:
+    from divergence.diagnosis.causes import CAUSES
+
+    page = (ROOT / "docs" / "causes.md").read_text("utf-8")
+    named = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(named) == sorted([*(cause.ID for cause in CAUSES), "unknown"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_every_page_is_python(page: Path) -> None:
+    for block in blocks(page.read_text("utf-8"), "python"):
+        compile(block, page.name, "exec")
 
 
 def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
