@@ -55,6 +55,8 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         process = self._process
+        if self._posted:  # nobody waits for what it is doing
+            process.kill()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 try:
