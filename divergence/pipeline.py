@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.reference_cache import ReferenceCache
     from divergence.sites import Site
 
 __all__ = ["Job", "capture", "compare", "record", "timed"]
@@ -57,6 +58,7 @@ def compare(
     config: Config | None = None,
     command: str = "",
     diagnose: bool = True,
+    references: ReferenceCache | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -79,6 +81,7 @@ def compare(
         config: the configuration; by default the one found in the current folder.
         command: what the user ran, for the report.
         diagnose: look for the cause when the candidate fails.
+        references: runs of references to use again, as a test session keeps them; none by default.
         progress: told about long work.
 
     Raises:
@@ -106,6 +109,7 @@ def compare(
             (*config.exclude, *exclude),
             folder,
             progress,
+            references=references,
         )
         with contextlib.closing(setting):
             setting.get_ready([cand])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from divergence.probes.tensorrt.options import EngineOptions
     from divergence.probes.tensorrt.probe import TensorRTProbe
+    from divergence.reference_cache import ReferenceCache
 
 Inputs = Mapping[str, "torch.Tensor"]
 
@@ -46,6 +47,7 @@ class Setting:
         exclude: patterns of sites not to compare.
         folder: where captures are made.
         early: probes that were opened before the reference ran, by source (`get_ready`).
+        references: those that ran in earlier comparisons, or None to run every one anew.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Setting:
     folder: Path
     progress: Progress
     early: dict[str, Probe] = field(default_factory=dict)
+    references: ReferenceCache | None = None
 
     def get_ready(self, candidates: Sequence[object]) -> None:
         """Lets the first engine among `candidates` load its libraries while the reference runs."""
