@@ -48,35 +48,55 @@ def assert_close(
     __tracebackhide__ = True
     from divergence.reports.assertion import render_assertion
 
-    running = session.current()
-    marked: dict[str, Any] = {}
-    if config is None:
-        config = running.config() if running else load_config()
-    judged = config.tolerance
-    if running is not None:
-        tolerances, marked = running.marked()
-        for given in tolerances:
-            judged = with_thresholds(judged, given, session.MARKER)
-        options.setdefault("command", running.command())
-        if options.get("keep") is None:
-            options.setdefault("references", running.references)
-    if tolerance is not None:
-        judged = with_thresholds(judged, tolerance, "tolerance")
-    options = {**marked, **options}
-    inputs = options.pop("inputs", None) if inputs is None else inputs
-    options.pop("inputs", None)
     try:
-        result = compare(ref, cand, inputs, tolerance=judged, config=config, **options)
+        result, page = _compared(ref, cand, inputs, tolerance, config, options)
     except DivergenceError as error:
-        if running is not None:
-            running.record(_unanswered(ref, cand, str(error), judged, str(options.get("command", ""))))
-        raise
-    page = running.record(result) if running is not None else None
+        # Its message says all; what the model itself raised stays its cause.
+        raise error.with_traceback(None)  # noqa: B904 (the same error)
     if result.verdict == "pass":
         return result
     if result.verdict == "error":
         raise DivergenceError(result.reason)
     raise AssertionError(render_assertion(result, page))
+
+
+def _compared(
+    ref: object,
+    cand: object,
+    inputs: Mapping[str, torch.Tensor] | str | None,
+    tolerance: Thresholds | None,
+    config: Config | None,
+    options: dict[str, Any],
+) -> tuple[Comparison, Path | None]:
+    """The comparison with what the session says, and its page where there is one."""
+    running = session.current()
+    if running is None:
+        config = config or load_config()
+        judged = config.tolerance if tolerance is None else _with(config.tolerance, tolerance)
+        return compare(ref, cand, inputs, tolerance=judged, config=config, **options), None
+    config = config or running.config()
+    judged = config.tolerance
+    tolerances, marked = running.marked()
+    for given in tolerances:
+        judged = with_thresholds(judged, given, session.MARKER)
+    if tolerance is not None:
+        judged = _with(judged, tolerance)
+    options = {"command": running.command(), **marked, **options}
+    set_by_marker = options.pop("inputs", None)
+    inputs = set_by_marker if inputs is None else inputs
+    # Captures that the user wants to keep have to be made.
+    if options.get("keep") is None:
+        options.setdefault("references", running.references)
+    try:
+        result = compare(ref, cand, inputs, tolerance=judged, config=config, **options)
+    except DivergenceError as error:
+        running.record(_unanswered(ref, cand, str(error), judged, options["command"]))
+        raise
+    return result, running.record(result)
+
+
+def _with(base: Tolerance, tolerance: Thresholds) -> Tolerance:
+    return with_thresholds(base, tolerance, "tolerance")
 
 
 def _unanswered(ref: object, cand: object, reason: str, tolerance: Tolerance, command: str) -> Comparison:

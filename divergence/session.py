@@ -28,7 +28,7 @@ MARKER = "@pytest.mark.divergence"
 _NAME_LENGTH = 80
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """A running test session.
 

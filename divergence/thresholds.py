@@ -74,4 +74,4 @@ def _parsed(text: str, base: Tolerance, where: str) -> Tolerance:
     try:
         return parse_tolerance(text, base)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{where}: {str(error).removeprefix('--tolerance ')}") from error
+        raise ConfigurationError(f"{where}: {str(error).removeprefix('--tolerance ')}") from None
