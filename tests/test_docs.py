@@ -29,6 +29,9 @@ NOT_RUN = {
 PLACEHOLDERS = {"SRC": "pytorch", "FILE": "inputs.npz", "DIR": "report"}
 """What words that stand for something become."""
 
+PYTEST_OPTION = "--divergence-report"
+"""An option of pytest's; `tests/test_pytest_plugin.py` tries it."""
+
 MODEL = "from divergence.demo import load\n"
 
 
@@ -139,7 +142,7 @@ def test_documented_flags_exist(page: Path) -> None:
 
     known = {flag for command in main.commands.values() for p in command.params for flag in p.opts}
     named = set(re.findall(r"`(--[a-z-]+)", page.read_text("utf-8")))
-    assert named <= known | {"--help"}
+    assert named <= known | {"--help", PYTEST_OPTION}
 
 
 def test_the_python_of_the_readme_runs(project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 import divergence
-from divergence import demo, session
+from divergence import demo, pytest_plugin, session
 from divergence.config import Config
 from divergence.reports import write_all
 from divergence.reports.assertion import render_assertion
@@ -297,12 +298,6 @@ def test_the_report_lists_every_comparison(suite: pytest.Pytester, workers: list
         assert entry["test"] in report["command"]
         assert f'href="{entry["folder"]}/report.html"' in page and html.escape(entry["test"]) in page
     assert "report: " in result.stdout.str()
-    # Each process runs the reference once.
-    assert forwards(suite)["reference"] <= (2 + _FLOOR_RUNS) * (2 if workers else 1)
-
-
-_FLOOR_RUNS = 8
-"""More than the runs that one failing comparison needs for floors and causes; the candidates are 8."""
 
 
 @pytest.mark.parametrize(
@@ -323,6 +318,47 @@ def test_the_reference_runs_once(suite: pytest.Pytester, workers: list[str]) -> 
     )
     run(suite, *workers).assert_outcomes(passed=4)
     assert forwards(suite) == {"reference": 2, "candidate": 4}
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_loses_no_comparison_before(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_dies="""
+        import os
+        from suite import *
+        def test_first(divergence):
+            divergence(reference(), candidate(), INPUTS)
+        def test_second(divergence):
+            divergence(reference(), candidate(), INPUTS)
+            os._exit(3)
+        """
+    )
+    workers = ["-p", "xdist", "-n", "1", "--max-worker-restart", "0"]
+    result = run(suite, *workers, "--divergence-report", "reports")
+    result.assert_outcomes(passed=1, failed=1)
+    tests = [e["test"] for e in index(suite.path / "reports")["comparisons"]]
+    assert tests == ["test_dies.py::test_first", "test_dies.py::test_second"]
+
+
+def test_a_line_that_was_cut_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "gw0.jsonl").write_text('{"test": "a"}\n{"tes')
+    (tmp_path / "gw1.jsonl").write_text('{"test": "b"}\n')
+    assert pytest_plugin._entries(tmp_path) == [{"test": "a"}, {"test": "b"}]
+
+
+def test_the_page_of_documentation_runs(pytester: pytest.Pytester, warm: None) -> None:
+    """Every block of Python in docs/pytest.md is a test file beside those of examples/demo."""
+    shutil.copytree(ROOT / "examples" / "demo", pytester.path, dirs_exist_ok=True)
+    demo.write_bundled("clean", pytester.path / "model.onnx")
+    page = (ROOT / "docs" / "pytest.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 3
+    for i, block in enumerate(blocks):
+        (pytester.path / f"test_block_{i}.py").write_text(block)
+    pytester.syspathinsert()
+    result = run(pytester, "--strict-markers")
+    # One test of the example, one of each block, and another of the last.
+    result.assert_outcomes(passed=len(blocks) + 2)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(suite: pytest.Pytester) -> None:
