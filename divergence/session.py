@@ -103,13 +103,16 @@ class Session:
             return None
         from divergence.reports import write_all
         from divergence.reports.index import entry_of
+        from divergence.working import quiet_collector
 
         test = self.test or "(outside of a test)"
         self._numbers[test] += 1
         number = self._numbers[test]
         folder = folder_name(test, number)
         try:
-            (page,) = write_all(result, self.report / folder)
+            # Figures are full of cycles: 200 comparisons would leave 2 GB for the collector to find.
+            with quiet_collector():
+                (page,) = write_all(result, self.report / folder)
             line = json.dumps(entry_of(result, test, number, folder), allow_nan=False)
             with open(self.log, "a", encoding="utf-8") as log:
                 log.write(line + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,13 @@ def entry_of(result: Comparison, test: str, number: int, folder: str) -> dict[st
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
     """The entries with those that need a reader first: fail, error, pass, each by test and number."""
-    return sorted(entries, key=lambda e: (_ORDER[e["verdict"]], e["test"], e["number"]))
+    return sorted(entries, key=lambda e: (_ORDER[e["verdict"]], _natural(e["test"]), e["number"]))
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key by which `test[2]` comes before `test[10]`."""
+    parts = re.split(r"([0-9]+)", text)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def counts(entries: Sequence[Entry]) -> dict[str, int]:
