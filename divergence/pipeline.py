@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.reference_cache import ReferenceCache
     from divergence.sites import Site
 
 __all__ = ["Job", "capture", "compare", "record", "timed"]
@@ -57,6 +58,7 @@ def compare(
     command: str = "",
     diagnose: bool = True,
     repro: Path | None = None,
+    references: ReferenceCache | None = None,
     progress: Progress = silent,
 ) -> Comparison:
     """Compares a candidate with a reference, layer by layer.
@@ -80,6 +82,7 @@ def compare(
         command: what the user ran, for the report.
         diagnose: look for the cause when the candidate fails.
         repro: folder to write the first failing layer to, so that it can be replayed alone.
+        references: runs of references to use again, as a test session keeps them; none by default.
         progress: told about long work.
 
     Raises:
@@ -113,6 +116,7 @@ def compare(
             folder,
             progress,
             early,
+            references=references,
         )
         with one_core_spared(early):
             reference = prepare(ref, setting)

@@ -39,13 +39,17 @@ class Reference:
 
 
 def prepare(ref: object, setting: Setting) -> Reference:
-    """Runs the reference once and captures it.
+    """Runs the reference once and captures it, unless `setting.references` knows its run.
 
     Raises:
         DivergenceError: it cannot be run.
     """
     probe = open_source(ref, setting.config)
     pytorch = as_pytorch(probe)
+    if setting.references is not None and pytorch is not None and pytorch is probe:
+        known = setting.references.prepare(pytorch, setting)
+        if known is not None:
+            return known
     capture = setting.record(probe, "reference", **({"record": True} if pytorch else {}))
     return Reference(capture, pytorch)
 

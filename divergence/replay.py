@@ -277,7 +277,7 @@ class Replayer:
             return call
 
         model = self._probe.model
-        inputs = {name: tensor.to(self._device) for name, tensor in self._inputs.items()}
+        inputs = {name: tensor.to(self._device) for name, tensor in self._probe.own(self._inputs).items()}
         with contextlib.ExitStack() as active:
             active.enter_context(evaluating(model))
             active.enter_context(torch.inference_mode())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.reference_cache import ReferenceCache
 
 Inputs = Mapping[str, "torch.Tensor"]
 
@@ -47,6 +48,7 @@ class Setting:
         exclude: patterns of sites not to compare.
         folder: where captures are made.
         early: probes that were opened before the reference ran, by source (`getting_ready`).
+        references: those that ran in earlier comparisons, or None to run every one anew.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Setting:
     folder: Path
     progress: Progress
     early: dict[str, Future[Probe]] = field(default_factory=dict)
+    references: ReferenceCache | None = None
 
     def open(self, source: object, reference: Capture) -> Probe:
         """The probe of a candidate.

@@ -50,7 +50,7 @@ def open_source(
         if settings is None:
             settings = _from_text(name, config)
         probe = _open(name, settings, config, reference, memory, engine)
-        return Renamed(probe, settings.inputs) if settings.inputs else probe
+        return Renamed(probe, settings.inputs) if settings.inputs and probe.kind != "pytorch" else probe
     from torch import nn
 
     if isinstance(source, nn.Module):
@@ -133,7 +133,7 @@ def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
             f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
             "loads the model"
         ) from error
-    probe = PyTorchProbe(model, name)
+    probe = PyTorchProbe(model, name, {ours: theirs for theirs, ours in settings.inputs.items()})
     if settings.dtype is not None:
         dtype = torch_dtype(settings.dtype)
         # Parameters only: rounding buffers such as inv_freq would plant a fault.

@@ -22,7 +22,10 @@ def working_folder(keep: Path | None) -> Iterator[Path]:
 @contextlib.contextmanager
 def quiet_collector() -> Iterator[None]:
     """Keeps the garbage collector from walking what was there before: with a large model and its
-    libraries loaded, a full collection takes half a second and finds nothing."""
+    libraries loaded, a full collection takes half a second and finds nothing.
+
+    What was made within is collected in the end: let free uncollected, it would count as old, and
+    the cycles of hundreds of comparisons, models among them, would wait for a full collection."""
     if gc.get_freeze_count():  # someone else's choice, which unfreezing would undo
         yield
         return
@@ -30,4 +33,5 @@ def quiet_collector() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()
         gc.unfreeze()

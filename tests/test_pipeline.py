@@ -330,7 +330,8 @@ def test_assert_close_names_site_and_figures() -> None:
     model = llama(LAYERS)
     assert divergence.assert_close(model, model, inputs_for("llama"), config=Config()).verdict == "pass"
     with pytest.raises(
-        AssertionError, match=r"^layers\.3\.value introduces a relative error of 0\.02, [\d.e+]+x"
+        AssertionError,
+        match=r"^layers\.3\.value fails: layer 3, tensor value\nintroduces an error of 2\.0e-2, [\d.e+]+x",
     ):
         divergence.assert_close(model, faulty(model, 3), inputs_for("llama"), config=Config())
 

@@ -37,6 +37,7 @@ class PyTorchProbe:
     Args:
         model: any module with at least one layer stack.
         source: how reports name it.
+        names: the model's own names of inputs by ours, where they differ.
 
     Raises:
         SourceError: `model` is no module, or has no layer stack.
@@ -44,13 +45,16 @@ class PyTorchProbe:
 
     kind = "pytorch"
 
-    def __init__(self, model: nn.Module, source: str = "pytorch") -> None:
+    def __init__(
+        self, model: nn.Module, source: str = "pytorch", names: Mapping[str, str] | None = None
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise SourceError(
                 f"{source}: returned {type(model).__name__}, not a torch.nn.Module; return the module itself"
             )
         self.model = model
         self.source = source
+        self._names = names or {}
         self.stacks: tuple[Stack, ...] = find_stacks(model)
         self.calls: list[LayerCall] = []
         if not self.stacks:
@@ -129,6 +133,7 @@ class PyTorchProbe:
         Returns:
             Names of the stacks in execution order, names of the outputs, notes.
         """
+        inputs = self.own(inputs)
         self._check_names(inputs)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = _OwnKeys(self.stacks, sink)
@@ -163,6 +168,10 @@ class PyTorchProbe:
         for name, tensor in leaves.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
         return tuple(observer.order), tuple(leaves), notes
+
+    def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`inputs` under the model's own names."""
+        return {self._names.get(name, name): tensor for name, tensor in inputs.items()}
 
     def _forward(self, inputs: Mapping[str, Tensor], refused: list[Exception]) -> Any:
         """The model's outputs. What the receiver of its tensors raises, listed in `refused`, goes through

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from divergence import __version__
 from divergence.reports import plain
 from divergence.reports.html.view import page_data, view
 from divergence.result import Comparison
@@ -24,7 +27,7 @@ def render_html(comparison: Comparison) -> str:
     hashes, and all that comes from the model is escaped.
     """
     style, script = _file("style.css"), _file("script.js")
-    page = _template().render(
+    page = _template("page.html.jinja").render(
         **view(comparison),
         style=Markup(style),  # noqa: S704 (a file of this package)
         script=Markup(script),  # noqa: S704 (a file of this package)
@@ -35,13 +38,37 @@ def render_html(comparison: Comparison) -> str:
     return page.encode("utf-8", "backslashreplace").decode()
 
 
+def render_index(
+    entries: Sequence[Mapping[str, Any]], verdict: str, said: str, tally: Mapping[str, int]
+) -> str:
+    """The page of all comparisons of a test session, as self-contained as that of one.
+
+    Args:
+        entries: as of `divergence.reports.index.entry_of`, in the order to show.
+        verdict: of the session.
+        said: the verdict in a sentence.
+        tally: comparisons by verdict.
+    """
+    style = _file("style.css")
+    page = _template("index.html.jinja").render(
+        entries=entries,
+        verdict=verdict,
+        said=said,
+        tally=tally,
+        version=__version__,
+        style=Markup(style),  # noqa: S704 (a file of this package)
+        policy_header=_security_policy(style),
+    )
+    return page.encode("utf-8", "backslashreplace").decode()
+
+
 @cache
 def _file(name: str) -> str:
     return (_HERE / name).read_text(encoding="utf-8")
 
 
 @cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -50,7 +77,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 def _visible(value: object) -> object:
@@ -58,10 +85,11 @@ def _visible(value: object) -> object:
     return plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _security_policy(style: str, script: str) -> str:
+def _security_policy(style: str, script: str = "") -> str:
     """Nothing from anywhere; heat maps are pictures within the page (data:)."""
+    scripts = f"script-src {_hash(script)}; " if script else ""
     return (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; "
+        f"default-src 'none'; style-src {_hash(style)}; {scripts}img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
