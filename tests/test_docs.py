@@ -153,8 +153,10 @@ def looked_up(program: str, arguments: list[str]) -> tuple[int, str]:
 
 
 def options_of(script: Path) -> set[str]:
-    """Options that a script adds to its parser, or to pytest's."""
-    found = re.findall(r"add_?(?:argument|option)\(\s*\"(--[a-z-]+)\"", script.read_text("utf-8"))
+    """Options that a script adds to its parser, or to pytest's, there or by a constant."""
+    found = re.findall(
+        r"(?:add_?(?:argument|option)\(\s*|_OPTION = )\"(--[a-z-]+)\"", script.read_text("utf-8")
+    )
     return set(found)
 
 
