@@ -94,6 +94,8 @@ class SourceConfig:
         path: an `.onnx` file, an engine or a capture; made absolute.
         dtype: dtype to convert the model's parameters to; without it they are left as they are.
         provider: execution provider of onnxruntime; `CPUExecutionProvider` without it.
+        host: how an engine is run: `torch`, `pycuda`, `both` or `FILE.py:CLASS`; `torch` without it.
+        plugins: libraries to load before an engine; a file beside the configuration is made absolute.
         sites: name of the source's own value by site, where finding it fails or errs.
         inputs: name in our inputs by the source's input name, where they differ.
         axes: names of the axes of a tensor by site, where sizes alone leave them open.
@@ -103,6 +105,8 @@ class SourceConfig:
     path: str | None = None
     dtype: str | None = None
     provider: str | None = None
+    host: str | None = None
+    plugins: tuple[str, ...] = ()
     sites: Mapping[str, str] = field(default_factory=dict)
     inputs: Mapping[str, str] = field(default_factory=dict)
     axes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -333,6 +337,8 @@ def _source(table: _Table) -> SourceConfig:
         path=None if path is None else str(base / path),
         dtype=table.choice("dtype", MODEL_DTYPES),
         provider=table.string("provider"),
+        host=table.string("host"),
+        plugins=tuple(str(base / p) if (base / p).is_file() else p for p in table.strings("plugins")),
         sites=sites,
         inputs=table.names("inputs"),
         axes={site: axes.strings(site) for site in axes.content},

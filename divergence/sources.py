@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,8 @@ def _open(
     if path.suffix in ENGINE_SUFFIXES:
         from divergence.probes.tensorrt.probe import TensorRTProbe
 
-        return TensorRTProbe(path, options=engine, reference=reference, sites=settings.sites)
+        options = _engine_options(settings, engine)
+        return TensorRTProbe(path, options=options, reference=reference, sites=settings.sites)
     if path.is_dir() or path.suffix == ".capture" or partial_of(path).exists():
         from divergence.probes.recorded import RecordedProbe
 
@@ -116,6 +118,15 @@ def _open(
         provider=settings.provider or "CPUExecutionProvider",
         memory=memory,
     )
+
+
+def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> EngineOptions:
+    """What the command line gives, else the configuration; plugins of both."""
+    from divergence.probes.tensorrt.options import EngineOptions
+
+    options = given or EngineOptions()
+    host = options.host if options.host != EngineOptions.host else settings.host or EngineOptions.host
+    return replace(options, host=host, plugins=(*settings.plugins, *options.plugins))
 
 
 def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:

@@ -17,6 +17,8 @@ dtype = "float32"
 [sources.engine]
 path = "build/engine.plan"
 provider = "CPUExecutionProvider"
+host = "pycuda"
+plugins = ["build/libplugin.so", "libnvinfer_plugin.so"]
 inputs = { ids = "input_ids" }
 [sources.engine.sites]
 "layers.3.key" = "present.3.k"
@@ -47,6 +49,8 @@ def _refused(folder: Path, text: str) -> str:
 
 def test_everything_in_the_file_is_read_and_files_are_made_absolute(tmp_path: Path) -> None:
     path = _write(tmp_path, FULL)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "libplugin.so").touch()
     assert load_config(path) == Config(
         inputs=str(tmp_path / "inputs.safetensors"),
         sources={
@@ -54,6 +58,8 @@ def test_everything_in_the_file_is_read_and_files_are_made_absolute(tmp_path: Pa
             "engine": SourceConfig(
                 path=str(tmp_path / "build/engine.plan"),
                 provider="CPUExecutionProvider",
+                host="pycuda",
+                plugins=(str(tmp_path / "build/libplugin.so"), "libnvinfer_plugin.so"),
                 sites={"layers.3.key": "present.3.k"},
                 inputs={"ids": "input_ids"},
             ),

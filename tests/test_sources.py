@@ -9,6 +9,10 @@ import pytest
 from divergence import demo
 from divergence.config import load_config
 from divergence.pipeline import compare
+from divergence.probes.tensorrt.options import EngineOptions
+from divergence.probes.tensorrt.probe import TensorRTProbe
+from divergence.sources import open_source
+from tests.tensorrt.stand_in import write_plan
 
 CONFIG = """
 [sources.pytorch]
@@ -39,3 +43,20 @@ def test_inputs_may_have_other_names_on_both_sides(tmp_path: Path, fault: str, v
         assert result.policy.judged == "introduced"
         assert result.first_divergence is not None
         assert result.first_divergence.site == "layers.0.key"
+
+
+def test_an_engine_is_run_as_the_configuration_says_unless_the_command_line_does(tmp_path: Path) -> None:
+    write_plan(tmp_path / "engine.plan")
+    text = '[sources.engine]\npath = "engine.plan"\nhost = "pycuda"\nplugins = ["a.so"]\n'
+    (tmp_path / "divergence.toml").write_text(text)
+    config = load_config(tmp_path / "divergence.toml")
+
+    def options(given: EngineOptions | None) -> EngineOptions:
+        probe = open_source("engine", config, engine=given)
+        assert isinstance(probe, TensorRTProbe)
+        return probe.options
+
+    assert options(None) == EngineOptions(host="pycuda", plugins=("a.so",))
+    assert options(EngineOptions(host="both", plugins=("b.so",))) == EngineOptions(
+        host="both", plugins=("a.so", "b.so")
+    )
