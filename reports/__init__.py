@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[Path]:
     """Writes every report of `result` into the folder `out`: `report.json`, `report.html`,
-    `summary.md`, `junit.xml` and `plots/`. Of a chain, `report.json` is all of it, and every candidate
-    has a folder of its own within: `1-NAME`, `2-NAME`, ...
+    `summary.md`, `junit.xml` and `plots/`. Of a chain, `report.json` and `report.html` are all of it, and
+    every candidate has a folder of its own within: `1-NAME`, `2-NAME`, ...
 
     Args:
         result: what to report.
@@ -36,9 +36,14 @@ def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[
         OSError: a file cannot be written.
     """
     if not isinstance(result, Comparison):
+        from divergence.reports.html import render_chain_html
+
         result.save(out / "report.json")
+        whole = out / "report.html"
+        whole.write_text(render_chain_html(result), encoding="utf-8")
         pairs = enumerate(zip(result.names, result.comparisons, strict=True), 1)
-        return [p for i, (name, c) in pairs for p in write_all(c, out / f"{i}-{file_name(name)}", link=link)]
+        own = [p for i, (name, c) in pairs for p in write_all(c, out / f"{i}-{file_name(name)}", link=link)]
+        return [whole, *own]
     # Matplotlib and the templates take a quarter of a second to load: only who writes a page pays.
     from divergence.reports.html import render_html
     from divergence.reports.junit import render_junit

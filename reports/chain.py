@@ -61,8 +61,8 @@ def _steps(page: Page, steps: Sequence[Step]) -> None:
 
 def _candidates(page: Page, chain: Chain) -> None:
     """Accuracy and, where it is known, latency of every candidate."""
-    latencies = [_latency(c, "candidate") for c in chain.comparisons]
-    reference = next((ms for c in chain.comparisons if (ms := _latency(c, "reference")) is not None), None)
+    latencies = [latency_of(c, "candidate") for c in chain.comparisons]
+    reference = next((ms for c in chain.comparisons if (ms := latency_of(c, "reference")) is not None), None)
     timed = reference is not None or any(ms is not None for ms in latencies)
     page.section("Candidates", "each against the reference")
     widths: tuple[int, ...] = (_NAME, 9, 11, _FIRST, 9, 9, *((9,) if timed else ()))
@@ -110,7 +110,8 @@ def _worst_figures(comparison: Comparison) -> tuple[str, str]:
     return cell(site, comparison.policy) if site is not None else ("-", "")
 
 
-def _latency(comparison: Comparison, side: str) -> float | None:
+def latency_of(comparison: Comparison, side: str) -> float | None:
+    """Milliseconds that the `reference` or the `candidate` took, where its run told."""
     facts = comparison.environment.get(side)
     value: Any = facts.get("latency_ms") if isinstance(facts, Mapping) else None
     return float(value) if isinstance(value, int | float) else None
@@ -123,7 +124,7 @@ def _milliseconds(value: float | None) -> str:
 def _sites(page: Page, chain: Chain, shown: Mapping[str, Comparison]) -> None:
     """The telling sites, in a column for every candidate: against the reference, then against the one
     before."""
-    sites = list(_telling(shown))
+    sites = list(telling_sites(shown))
     page.section(
         "Sites", "error and its ratio to the noise floor; first divergences, and the worst of every tensor"
     )
@@ -183,7 +184,7 @@ def _append(page: Page, line: Text, figures: tuple[str, str, str] | None) -> Non
     line.append(page.glyphs.marks.get(verdict, " "), MARK_STYLES.get(verdict, ""))
 
 
-def _telling(shown: Mapping[str, Comparison]) -> Iterator[str]:
+def telling_sites(shown: Mapping[str, Comparison]) -> Iterator[str]:
     """Names of the sites worth a row: the first divergence of every candidate, then of every tensor the
     site at which any candidate is worst."""
     firsts = [c.first_divergence.site for c in shown.values() if c.first_divergence is not None]
@@ -230,7 +231,7 @@ def _accumulation(page: Page, shown: Mapping[str, Comparison]) -> None:
     tensor = next((t for t in ("hidden", *MAIN, *sorted(present)) if t in present), None)
     if tensor is None:
         return
-    rows = _rows(shown, tensor)
+    rows = chain_rows(shown, tensor)
     charted = [site for row in rows for site in row.sites.values()]
     scale = Scale.over(value for site in charted for value in (site.rel_l2, site.floor))
     if scale is None:
@@ -249,7 +250,7 @@ def _accumulation(page: Page, shown: Mapping[str, Comparison]) -> None:
         _plot(page, rows, part, scale, shown[names[0]].policy)
 
 
-def _rows(shown: Mapping[str, Comparison], tensor: str) -> list[Row]:
+def chain_rows(shown: Mapping[str, Comparison], tensor: str) -> list[Row]:
     """A row for every call of every layer; its sites are by candidate, all of one tensor."""
     rows: dict[tuple[int, str, int], Row] = {}
     for name, comparison in shown.items():

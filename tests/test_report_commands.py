@@ -136,9 +136,10 @@ def chain() -> Chain:
 def test_of_a_chain_every_candidate_has_its_reports(tmp_path: Path) -> None:
     """In a folder of its own, whatever it is called."""
     pages = write_all(chain(), tmp_path / "out")
-    assert pages == [tmp_path / "out" / name / "report.html" for name in ("1-onnx", "2-.._engine")]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["1-onnx", "2-.._engine", "report.json"]
-    assert sorted(p.name for p in pages[0].parent.iterdir()) == FILES
+    assert pages == [tmp_path / "out" / name / "report.html" for name in (".", "1-onnx", "2-.._engine")]
+    found = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert found == ["1-onnx", "2-.._engine", "report.html", "report.json"]
+    assert sorted(p.name for p in pages[1].parent.iterdir()) == FILES
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

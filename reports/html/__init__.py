@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -16,6 +16,9 @@ from divergence import __version__
 from divergence.reports import plain
 from divergence.reports.html.view import page_data, view
 from divergence.result import Comparison
+
+if TYPE_CHECKING:
+    from divergence.chain_result import Chain
 
 _HERE = Path(__file__).parent
 
@@ -55,6 +58,21 @@ def render_index(
         verdict=verdict,
         said=said,
         tally=tally,
+        version=__version__,
+        style=Markup(style),  # noqa: S704 (a file of this package)
+        policy_header=_security_policy(style),
+    )
+    return page.encode("utf-8", "backslashreplace").decode()
+
+
+def render_chain_html(chain: Chain) -> str:
+    """The page of a chain, as self-contained as that of one candidate; it links to theirs, which
+    `divergence.reports.write_all` puts beside it."""
+    from divergence.reports.html.chain import chain_view
+
+    style = _file("style.css")
+    page = _template("chain.html.jinja").render(
+        **chain_view(chain),
         version=__version__,
         style=Markup(style),  # noqa: S704 (a file of this package)
         policy_header=_security_policy(style),
