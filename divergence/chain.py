@@ -18,11 +18,10 @@ from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError
 from divergence.pipeline import Job, timed
 from divergence.precision import check_precision
-from divergence.prepared import Reference, prepare
+from divergence.prepared import Reference, prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict
-from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
-from divergence.working import quiet_collector, working_folder
+from divergence.setting import Inputs, Options
 
 if TYPE_CHECKING:
     from divergence.probes.tensorrt.options import EngineOptions
@@ -77,24 +76,17 @@ def compare_chain(
         engine,
         diagnose,
     )
-    with (
-        getting_ready(cands, config, options) as early,
-        working_folder(keep) as folder,
-        quiet_collector(),
-    ):
-        tensors = read_inputs(inputs, config)
-        setting = Setting(
-            config,
-            options,
-            tensors,
-            tolerance or config.tolerance,
-            (*config.exclude, *exclude),
-            folder,
-            progress,
-            early,
-        )
-        with one_core_spared(early):
-            reference = prepare(ref, setting)
+    with prepared(
+        ref,
+        cands,
+        inputs,
+        config=config,
+        options=options,
+        tolerance=tolerance,
+        exclude=exclude,
+        keep=keep,
+        progress=progress,
+    ) as (setting, reference):
         links = [
             _compared(cand, label, Job(setting, reference, f"candidate-{i}"))
             for i, (cand, label) in enumerate(zip(cands, labels, strict=True), 1)

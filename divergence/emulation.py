@@ -161,7 +161,7 @@ class _Products(TorchFunctionMode):
     def _stored(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, attention: bool) -> Any:
         storage = self._storage
         assert storage is not None
-        tensors = [a for a in _flat((args, kwargs)) if a.is_floating_point()]
+        tensors = [a for a in tensors_in((args, kwargs)) if a.is_floating_point()]
         dtypes = {t.dtype for t in tensors}
         if storage not in dtypes:
             return func(*args, **kwargs)
@@ -205,15 +205,16 @@ def round_int8(value: Tensor, axis: int = -1) -> Tensor:
     return (value / scale).round().clamp(-127, 127) * scale
 
 
-def _flat(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _flat(item)
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _flat(item)
+            yield from tensors_in(item)
 
 
 def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -16,16 +16,15 @@ from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
 from divergence.noise import Floor
 from divergence.precision import check_precision
-from divergence.prepared import Reference, compare_pair, floors_of, prepare, valid_tokens
+from divergence.prepared import Reference, compare_pair, floors_of, prepared, valid_tokens
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
-from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs, record
+from divergence.setting import Inputs, Options, Setting, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
-from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,25 +100,18 @@ def compare(
         diagnose,
         repro,
     )
-    with (
-        getting_ready([cand], config, options) as early,
-        working_folder(keep) as folder,
-        quiet_collector(),
-    ):
-        tensors = read_inputs(inputs, config)
-        setting = Setting(
-            config,
-            options,
-            tensors,
-            tolerance or config.tolerance,
-            (*config.exclude, *exclude),
-            folder,
-            progress,
-            early,
-            references=references,
-        )
-        with one_core_spared(early):
-            reference = prepare(ref, setting)
+    with prepared(
+        ref,
+        [cand],
+        inputs,
+        config=config,
+        options=options,
+        tolerance=tolerance,
+        exclude=exclude,
+        keep=keep,
+        progress=progress,
+        references=references,
+    ) as (setting, reference):
         result = Job(setting, reference).run(cand)
     return timed(result, started)
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from divergence.alignment import Pair, align
 from divergence.comparison import compare_tensors
+from divergence.config import Config, Tolerance
 from divergence.errors import ConfigurationError
 from divergence.noise import Floor, emulated, measure
-from divergence.setting import Setting
+from divergence.probes import Progress
+from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
 from divergence.sources import open_source
+from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from divergence.comparison.metrics import Metrics
     from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
+    from divergence.reference_cache import ReferenceCache
     from divergence.sites import Site
 
 
@@ -36,6 +42,47 @@ class Reference:
     capture: Capture
     pytorch: PyTorchProbe | None
     floors: dict[str, tuple[Mapping[Site, Floor], str]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def prepared(
+    ref: object,
+    cands: Sequence[object],
+    inputs: Inputs | str | None,
+    *,
+    config: Config,
+    options: Options,
+    tolerance: Tolerance | None,
+    exclude: Sequence[str],
+    keep: Path | None,
+    progress: Progress,
+    references: ReferenceCache | None = None,
+) -> Iterator[tuple[Setting, Reference]]:
+    """What the comparisons of one command work with, while the first candidate gets ready; arguments as
+    of `divergence.compare`.
+
+    Raises:
+        DivergenceError: the inputs cannot be read, or the reference cannot be run.
+    """
+    with (
+        getting_ready(cands, config, options) as early,
+        working_folder(keep) as folder,
+        quiet_collector(),
+    ):
+        setting = Setting(
+            config,
+            options,
+            read_inputs(inputs, config),
+            tolerance or config.tolerance,
+            (*config.exclude, *exclude),
+            folder,
+            progress,
+            early,
+            references=references,
+        )
+        with one_core_spared(early):
+            reference = prepare(ref, setting)
+        yield setting, reference
 
 
 def prepare(ref: object, setting: Setting) -> Reference:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from divergence.emulation import tensors_in
+
 if TYPE_CHECKING:
     from divergence.diagnosis.emulate import Fault
 
@@ -344,15 +346,3 @@ def _in_place(func: Any) -> bool:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)

@@ -146,13 +146,12 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         host = _host(request)(lambda: deserialize(logger, request))
         loaded = time.monotonic() - started
     try:
-        inputs, notes = _bind(host, load_file(request["inputs"]), request)
+        notes = _bind(host, load_file(request["inputs"]), request)
         listener = _listen(host)
         progress("running the engine", 0, 0)
         first = cycle(host, NAN_BYTE)
         debug = dict(listener.tensors) if listener else {}
         varying: dict[str, int] = {}
-        second: dict[str, torch.Tensor] = {}
         for index in range(1, max(2, request.get("runs", 2))):
             second = cycle(host, OTHER_BYTE if index == 1 else NAN_BYTE)
             if index == 1:
@@ -170,7 +169,6 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             {"name": s.name, "input": s.is_input, "dtype": dtype_name(s.dtype), "shape": list(s.shape)}
             for s in host.slots
         ]
-        del inputs
     finally:
         host.close()
     return {
@@ -240,9 +238,6 @@ def _host(request: Mapping[str, Any]) -> Callable[[Callable[[], trt.ICudaEngine]
 
 
 def _listen(host: Host) -> DebugTensors | None:
-    engine = host.engine
-    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-    del names
     listener = DebugTensors()
     if not host.context.set_debug_listener(listener):
         return None
@@ -265,10 +260,8 @@ def _latency(host: Host) -> float:
     return round(sorted(taken)[len(taken) // 2], 4)
 
 
-def _bind(
-    host: Host, given: Mapping[str, torch.Tensor], request: Mapping[str, Any]
-) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Checks the inputs against the engine, and makes the buffers."""
+def _bind(host: Host, given: Mapping[str, torch.Tensor], request: Mapping[str, Any]) -> list[str]:
+    """Checks the inputs against the engine, and makes the buffers; returns remarks."""
     engine, context = host.engine, host.context
     path = request["plan"]
     profile = request.get("profile", 0)
@@ -303,7 +296,7 @@ def _bind(
         inputs[name] = tensor
     slots = tuple(_slot(engine, context, path, name) for name in names)
     host.bind(slots, inputs)
-    return inputs, notes
+    return notes
 
 
 def _dtype(engine: trt.ICudaEngine, name: str) -> torch.dtype:

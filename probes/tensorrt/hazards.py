@@ -100,9 +100,7 @@ def differences(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) ->
     """Number of elements whose bits differ, by output; those of equal bits are left out."""
     found = {}
     for name, tensor in a.items():
-        width = tensor.dtype.itemsize
-        pair = [t.contiguous().reshape(-1).view(torch.uint8).reshape(-1, width) for t in (tensor, b[name])]
-        count = int((pair[0] != pair[1]).any(1).sum()) if tensor.numel() else 0
+        count = int((_octets(tensor) != _octets(b[name])).any(1).sum()) if tensor.numel() else 0
         if count:
             found[name] = count
     return found
@@ -120,11 +118,13 @@ def unwritten(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tens
     for name, tensor in first.items():
         if not tensor.numel():
             continue
-        width = tensor.dtype.itemsize
-        a, b = (
-            t.contiguous().reshape(-1).view(torch.uint8).reshape(-1, width) for t in (tensor, second[name])
-        )
+        a, b = _octets(tensor), _octets(second[name])
         count = int(((a == NAN_BYTE).all(1) & (b == OTHER_BYTE).all(1)).sum())
         if count:
             found[name] = count
     return found
+
+
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of `tensor`, `[element, byte]`."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).reshape(-1, tensor.dtype.itemsize)

@@ -34,6 +34,13 @@ def threshold(site: SiteResult, policy: Policy) -> float | None:
     return None if by.floor is None else by.floor * by.limit
 
 
+def series(values: Sequence[float | None], bottom: float, gaps: Sequence[int]) -> np.ndarray:
+    """`values` as a line of a logarithmic plot: not below `bottom`, interrupted before the rows `gaps` and
+    where there is none."""
+    kept = [math.nan if v is None or not math.isfinite(v) else max(v, bottom) for v in values]
+    return np.insert(np.array(kept, dtype=float), gaps, np.nan)
+
+
 def accumulation(rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale, *, standalone: bool) -> Plot:
     """Cumulative and introduced error of `tensor`, its noise floor as a band, its limit dashed."""
     title = f"Relative error of {tensor} by layer"
@@ -44,14 +51,10 @@ def accumulation(rows: Sequence[Row], tensor: str, policy: Policy, scale: Scale,
     x = np.insert(np.arange(len(rows), dtype=float), gaps, np.nan)
     bottom, top = 10.0**scale.low, 10.0**scale.high
 
-    def series(values: list[float | None]) -> np.ndarray:
-        kept = [math.nan if v is None or not math.isfinite(v) else max(v, bottom) for v in values]
-        return np.insert(np.array(kept, dtype=float), gaps, np.nan)
-
-    floors = series([None if s is None else s.floor for s in sites])
-    limits = series([None if s is None else threshold(s, policy) for s in sites])
-    cumulative = series([None if s is None else s.rel_l2 for s in sites])
-    introduced = series([None if s is None else s.introduced for s in sites])
+    floors = series([None if s is None else s.floor for s in sites], bottom, gaps)
+    limits = series([None if s is None else threshold(s, policy) for s in sites], bottom, gaps)
+    cumulative = series([None if s is None else s.rel_l2 for s in sites], bottom, gaps)
+    introduced = series([None if s is None else s.introduced for s in sites], bottom, gaps)
     axes.fill_between(
         x, bottom, floors, step="mid", color=PALETTE["floor"], alpha=0.55, linewidth=0, label="noise floor"
     )

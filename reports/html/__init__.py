@@ -29,16 +29,14 @@ def render_html(comparison: Comparison) -> str:
     It requests nothing, its policy allows nothing but the style and the script within, by their
     hashes, and all that comes from the model is escaped.
     """
-    style, script = _file("style.css"), _file("script.js")
-    page = _template("page.html.jinja").render(
+    script = _file("script.js")
+    return _filled(
+        "page.html.jinja",
+        script,
         **view(comparison),
-        style=Markup(style),  # noqa: S704 (a file of this package)
         script=Markup(script),  # noqa: S704 (a file of this package)
         data=Markup(page_data(comparison)),  # noqa: S704 (JSON in which no tag can begin or end)
-        policy_header=_security_policy(style, script),
     )
-    # Half of a surrogate pair, which JSON may hold, is no character that a file could.
-    return page.encode("utf-8", "backslashreplace").decode()
 
 
 def render_index(
@@ -52,17 +50,9 @@ def render_index(
         said: the verdict in a sentence.
         tally: comparisons by verdict.
     """
-    style = _file("style.css")
-    page = _template("index.html.jinja").render(
-        entries=entries,
-        verdict=verdict,
-        said=said,
-        tally=tally,
-        version=__version__,
-        style=Markup(style),  # noqa: S704 (a file of this package)
-        policy_header=_security_policy(style),
+    return _filled(
+        "index.html.jinja", entries=entries, verdict=verdict, said=said, tally=tally, version=__version__
     )
-    return page.encode("utf-8", "backslashreplace").decode()
 
 
 def render_chain_html(chain: Chain) -> str:
@@ -70,13 +60,18 @@ def render_chain_html(chain: Chain) -> str:
     `divergence.reports.write_all` puts beside it."""
     from divergence.reports.html.chain import chain_view
 
+    return _filled("chain.html.jinja", **chain_view(chain), version=__version__)
+
+
+def _filled(template: str, allowed_script: str = "", **variables: Any) -> str:
+    """The page that `template` makes of `variables`, whose policy allows the house style and one script."""
     style = _file("style.css")
-    page = _template("chain.html.jinja").render(
-        **chain_view(chain),
-        version=__version__,
+    page = _template(template).render(
+        **variables,
         style=Markup(style),  # noqa: S704 (a file of this package)
-        policy_header=_security_policy(style),
+        policy_header=_security_policy(style, allowed_script),
     )
+    # Half of a surrogate pair, which JSON may hold, is no character that a file could.
     return page.encode("utf-8", "backslashreplace").decode()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from divergence.chain_result import Chain
 from divergence.reports import file_name, judged, number
 from divergence.reports.chain import chain_rows, latency_of, telling_sites
 from divergence.reports.chart import Scale
+from divergence.reports.drawing.accumulation import series
 from divergence.reports.drawing.style import (
     PALETTE,
     Plot,
@@ -114,14 +114,10 @@ def _plot(shown: Mapping[str, Comparison], tensor: str) -> Plot | None:
     x = np.insert(np.arange(len(rows), dtype=float), gaps, np.nan)
     bottom = 10.0**scale.low
 
-    def series(values: list[float | None]) -> np.ndarray[Any, Any]:
-        kept = [math.nan if v is None or not math.isfinite(v) else max(v, bottom) for v in values]
-        return np.insert(np.array(kept, dtype=float), gaps, np.nan)
-
     for name, (dash, color) in zip(shown, _styles(), strict=False):
         found = [row.sites.get(name) for row in rows]
-        floors = series([None if s is None else s.floor for s in found])
-        errors = series([None if s is None else s.rel_l2 for s in found])
+        floors = series([None if s is None else s.floor for s in found], bottom, gaps)
+        errors = series([None if s is None else s.rel_l2 for s in found], bottom, gaps)
         axes.fill_between(x, bottom, floors, step="mid", color=PALETTE["floor"], alpha=0.25, linewidth=0)
         axes.plot(
             x, errors, color=PALETTE[color], linestyle=_DASHES[dash], marker="o", markersize=3, linewidth=1.3

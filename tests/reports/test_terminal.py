@@ -23,6 +23,7 @@ from divergence.result import (
     Unmatched,
 )
 from divergence.sites import Site
+from tests.reports import cases
 
 FLOOR = 1e-3
 
@@ -54,17 +55,8 @@ def site(
 
 
 def comparison(*sites: SiteResult, **changes: Any) -> Comparison:
-    failing = next((s for s in sites if s.verdict == "fail"), None)
-    values: dict[str, Any] = {
-        "verdict": "fail" if failing else "pass",
-        "reason": "in a word",
-        "first_divergence": failing
-        and FirstDivergence(failing.site, failing.stack, failing.layer, failing.tensor),
-        "reference": "pytorch",
-        "candidate": "model.onnx",
-        "policy": Policy("noise-floor", 4.0, "fp16", "read from the candidate", "the reference run in fp16"),
-    }
-    return Comparison(sites=sites, **{**values, **changes})
+    bare: dict[str, Any] = {"candidate": "model.onnx", "environment": {}, "command": ""}
+    return cases.comparison(*sites, **{**bare, **changes})
 
 
 def layers(count: int, failing: dict[int, float] | None = None, **where: Any) -> list[SiteResult]:
