@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from divergence.captures import CaptureWriter, open_capture
+from divergence.captures import open_capture
+from divergence.recording import CaptureWriter
 from divergence.probes import Observation, RunFacts
 from divergence.sites import Site
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Literal
 from divergence.alignment import Alignment, Pair, align
 from divergence.assembly import environment, site_result
 from divergence.captures import Capture
+from divergence.comparing import Meanwhile, compare_pair, compare_pairs
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
 from divergence.noise import Floor
 from divergence.precision import check_precision
-from divergence.prepared import Reference, compare_pair, floors_of, prepared, valid_tokens
+from divergence.masks import valid_tokens
+from divergence.prepared import Reference, floors_of, prepared
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
@@ -74,7 +76,7 @@ def compare(
             errors alone settle that the candidate passes.
         floor: a source whose error against the reference is the noise floor, where the reference is no
             PyTorch module that could be run in the candidate's precision.
-        memory: bytes of an ONNX model's tensors to hold at a time.
+        memory: bytes of host memory for tensors; what does not fit goes to disk (docs/memory.md).
         engine: how TensorRT engines are run.
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
@@ -185,7 +187,12 @@ class Job:
         pytorch, exclude = self.prepared.pytorch, self.setting.exclude
         probe = self.setting.open(cand, self.reference)
         self._floors_meanwhile(pytorch, probe)
-        self.candidate = self.setting.record(probe, self.name)
+        with Meanwhile(self.reference, exclude) as meanwhile:
+            self.candidate = self.setting.record(probe, self.name, meanwhile)
+            return self._compared(cand, pytorch, meanwhile)
+
+    def _compared(self, cand: object, pytorch: PyTorchProbe | None, meanwhile: Meanwhile) -> Comparison:
+        exclude = self.setting.exclude
         settings = self.config.sources.get(str(cand)) if isinstance(cand, str | Path) else None
         self.alignment: Alignment = align(
             self.reference.entries,
@@ -209,7 +216,9 @@ class Job:
         )
         self.notes += unequal
         self.pairs = {pair.reference: pair for pair in pairs}
-        self.metrics = metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
+        self.metrics = metrics = compare_pairs(
+            pairs, self.reference, self.candidate, memory=self.options.memory, meanwhile=meanwhile
+        )
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}
         floor_from = ""

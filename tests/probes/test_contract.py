@@ -20,7 +20,7 @@ import torch
 from onnx import numpy_helper
 
 from divergence import demo, probes
-from divergence.captures import CaptureWriter
+from divergence.recording import CaptureWriter
 from divergence.inputs import digest
 from divergence.probes import Observation, Progress, RunFacts, Sink, silent
 from divergence.probes.fake import FakeProbe
