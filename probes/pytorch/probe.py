@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import re
 from collections import Counter
@@ -19,6 +18,7 @@ from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.pytorch.observer import LayerCall, LayerObserver
+from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import HEAD_AXES, Site
 
@@ -105,7 +105,7 @@ class PyTorchProbe:
         return RunFacts(
             kind=self.kind,
             source=self.source,
-            model_digest=fingerprint(self.model.named_parameters()),
+            model_digest=fingerprint(named_weights(self.model)),
             precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
             stacks=order,
             versions={"torch": torch.__version__},
@@ -113,7 +113,7 @@ class PyTorchProbe:
             outputs=outputs,
             details={
                 "model": type(self.model).__name__,
-                "device": str(device_of(self.model)),
+                "device": ", ".join(devices_of(self.model)) or "cpu",
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "layers": {stack.path: len(stack.layers) for stack in self.stacks},
             },
@@ -220,7 +220,7 @@ class _OwnKeys:
     def __init__(self, stacks: tuple[Stack, ...], sink: Sink) -> None:
         self._stack = stacks[0] if len(stacks) == 1 else None
         self._sink = sink
-        self._seen: dict[Site, tuple[torch.Size, bytes]] = {}
+        self._seen: dict[Site, tuple[torch.Size, Digest]] = {}
 
     def saw(self, seen: Observation) -> None:
         if self._stack is not None and seen.site.tensor in ("key", "value"):
@@ -243,7 +243,7 @@ class _OwnKeys:
             differing = 0
             for layer, held in enumerate(stacked.unbind(axes[0])):
                 site = Site(layer, tensor, self._stack.name)
-                if self._seen.get(site) == (held.shape, _hash(held)):
+                if _same(self._seen.get(site), held):
                     continue
                 differing += 1
                 found = f"model output '{names[0]}', layer along axis {axes[0]}"
@@ -256,13 +256,21 @@ class _OwnKeys:
         return tuple(notes)
 
 
-def _hash(tensor: Tensor) -> bytes:
-    """Digest of the bits along both of the last two axes: torch's hash is an exclusive or, which a
-    permutation along one axis alone would leave unchanged."""
-    digest = hashlib.sha256()
-    for axis in (-1, -2):
-        digest.update(torch.hash_tensor(tensor, dim=axis).view(torch.int64).cpu().numpy().tobytes())
-    return digest.digest()
+Digest = tuple[Tensor, Tensor]
+
+
+def _hash(tensor: Tensor) -> Digest:
+    """Digests of the bits along each of the last two axes: torch's hash is an exclusive or, which a
+    permutation along one axis alone would leave unchanged. They stay on the tensor's device, which is
+    not waited for."""
+    rows, columns = (torch.hash_tensor(tensor, dim=axis).view(torch.int64) for axis in (-1, -2))
+    return rows, columns
+
+
+def _same(seen: tuple[torch.Size, Digest] | None, held: Tensor) -> bool:
+    if seen is None or seen[0] != held.shape:
+        return False
+    return all(a.equal(b.to(a.device)) for a, b in zip(seen[1], _hash(held), strict=True))
 
 
 def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -297,10 +305,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter (or buffer) lives; the CPU if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
