@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
+from divergence.room import make_room
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
@@ -185,10 +187,20 @@ class Job:
             DivergenceError: the question cannot be answered.
         """
         pytorch, exclude = self.prepared.pytorch, self.setting.exclude
+        released = pytorch is not None and make_room(pytorch, cand, self.config)
+        if released:
+            self.notes.append(
+                "reference and candidate do not fit into memory together: the reference's weights were "
+                "released for the candidate's run"
+            )
         probe = self.setting.open(cand, self.reference)
-        self._floors_meanwhile(pytorch, probe)
+        if not released:
+            self._floors_meanwhile(pytorch, probe)
         with Meanwhile(self.reference, exclude) as meanwhile:
             self.candidate = self.setting.record(probe, self.name, meanwhile)
+            del probe  # with its weights: the reference's may be needed again
+            if released:
+                gc.collect()
             return self._compared(cand, pytorch, meanwhile)
 
     def _compared(self, cand: object, pytorch: PyTorchProbe | None, meanwhile: Meanwhile) -> Comparison:

@@ -219,7 +219,7 @@ class CaptureWriter:
         stays = self._budget is not None and self._budget.take(nbytes)
         if stays:
             self._hold(name, tensor, entry)
-        elif tensor.device.type == "cpu":
+        elif self._on_cpu(tensor):
             self._lane_of[name] = self._direct
             with self._naming_failures():
                 receive = self._direct.receiver(name, tensor.dtype, tuple(tensor.shape))
@@ -228,6 +228,9 @@ class CaptureWriter:
         else:
             self._lane_of[name] = self._staged
             self._send(tensor, self._staged.receiver(name, tensor.dtype, tuple(tensor.shape)))
+
+    def _on_cpu(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
 
     def _forget(self, name: str) -> None:
         """Makes room again for what a later observation replaces."""
@@ -246,7 +249,7 @@ class CaptureWriter:
         # A probe runs in inference mode; what it leaves behind is an ordinary tensor.
         with torch.inference_mode(mode=False), torch.no_grad():
             held = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            if tensor.device.type == "cpu":
+            if self._on_cpu(tensor):
                 held.copy_(tensor)
                 arrived()
             else:

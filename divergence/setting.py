@@ -16,6 +16,7 @@ from divergence.inputs import digest, load_inputs, token_masks
 from divergence.probes import Probe, Progress
 from divergence.probes.recorded import RecordedProbe
 from divergence.recording import Arrived, Budget, CaptureWriter
+from divergence.room import fits_twice
 from divergence.sources import is_runtime_file, open_source
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def getting_ready(
     """
     early: dict[str, Future[Probe]] = {}
     files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
-    if files:
+    if files and fits_twice(files[0], config):
         pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
         early[str(files[0])] = pool.submit(_ready, files[0], config, options)
         pool.shutdown(wait=False)

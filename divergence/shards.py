@@ -121,14 +121,21 @@ def _described(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int
     return f'{json.dumps(name)}:{{"dtype":"{dtype}","shape":{list(shape)},"data_offsets":[{start},{stop}]}},'
 
 
+def _octets(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, copied if it is not contiguous."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1)
+    # A single element may keep a stride of its own.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+
+
 def pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
     """The bytes of `tensor` in order, as flat `uint8` tensors of at most `limit` bytes (one element at
     least), on its device; copied are only those of a tensor that is not contiguous, each by itself."""
-    import torch
-
     nbytes = tensor.numel() * tensor.element_size()
     if tensor.is_contiguous() or nbytes <= limit:
-        yield from tensor.contiguous().reshape(-1).view(torch.uint8).split(max(limit, 1))
+        yield from _octets(tensor).split(max(limit, 1))
         return
     row = nbytes // tensor.shape[0]
     if row > limit:
@@ -136,7 +143,7 @@ def pieces(tensor: torch.Tensor, limit: int) -> Iterator[torch.Tensor]:
             yield from pieces(part, limit)
     else:
         for part in tensor.split(limit // row):
-            yield part.contiguous().reshape(-1).view(torch.uint8)
+            yield _octets(part)
 
 
 _MAPPINGS: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()

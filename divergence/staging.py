@@ -87,8 +87,8 @@ class Staging:
     def __init__(self, copier: Copier, memory: int) -> None:
         self.allocated = 0
         self._copier = copier
-        self._size = max(1, min(BUFFER_BYTES, memory))
-        self._room = max(1, min(BUFFERS, memory // self._size))
+        self._size = max(1, min(BUFFER_BYTES, memory // BUFFERS))
+        self._room = max(1, min(BUFFERS, memory))
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         self._under_way: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._failed: BaseException | None = None

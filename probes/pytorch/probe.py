@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class PyTorchProbe:
         model: any module with at least one layer stack.
         source: how reports name it.
         names: the model's own names of inputs by ours, where they differ.
+        load: loads the same module again; with it the probe can let go of the module in between.
 
     Raises:
         SourceError: `model` is no module, or has no layer stack.
@@ -46,22 +47,86 @@ class PyTorchProbe:
     kind = "pytorch"
 
     def __init__(
-        self, model: nn.Module, source: str = "pytorch", names: Mapping[str, str] | None = None
+        self,
+        model: nn.Module,
+        source: str = "pytorch",
+        names: Mapping[str, str] | None = None,
+        *,
+        load: Callable[[], nn.Module] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise SourceError(
-                f"{source}: returned {type(model).__name__}, not a torch.nn.Module; return the module itself"
-            )
-        self.model = model
         self.source = source
         self._names = names or {}
-        self.stacks: tuple[Stack, ...] = find_stacks(model)
+        self._load = load
+        self._digest: str | None = None
         self.calls: list[LayerCall] = []
-        if not self.stacks:
+        self._take(model)
+
+    def _take(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
             raise SourceError(
-                f"{source}: {type(model).__name__} has no layer stack (no ModuleList, Sequential or numbered "
-                "attributes of repeated layers), so there are no layers to compare"
+                f"{self.source}: returned {type(model).__name__}, not a torch.nn.Module; "
+                "return the module itself"
             )
+        self._stacks = find_stacks(model)
+        if not self._stacks:
+            raise SourceError(
+                f"{self.source}: {type(model).__name__} has no layer stack (no ModuleList, Sequential or "
+                "numbered attributes of repeated layers), so there are no layers to compare"
+            )
+        self._model: nn.Module | None = model
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, loaded again where it was released.
+
+        Raises:
+            SourceError: it cannot be loaded, or another one is loaded than before.
+        """
+        if self._model is None:
+            assert self._load is not None
+            model = self._load()
+            self._take(model)
+            if self._digest is not None and fingerprint(named_weights(model)) != self._digest:
+                raise SourceError(
+                    f"{self.source}: gave other weights when it was loaded again, which it was because "
+                    "reference and candidate do not fit into memory together; have it load the same each "
+                    "time (a seed), or record it with `divergence capture` and compare the capture"
+                )
+            layers = {stack.name: stack.layers for stack in self._stacks}
+            for call in self.calls:
+                call.module = layers[call.stack][call.layer]
+            return model
+        return self._model
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The module's layer stacks."""
+        _ = self.model
+        return self._stacks
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the module is there."""
+        return self._model is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the module's parameters, wherever they are."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the module runs on a CUDA device."""
+        return device_of(self.model).type == "cuda"
+
+    def release(self) -> bool:
+        """Lets go of the module until it is asked for again. Returns whether it could."""
+        if self._load is None:
+            return False
+        for call in self.calls:
+            call.module = nn.Identity()
+        self._model, self._stacks = None, ()
+        return True
 
     def describe(self, inputs: Mapping[str, Tensor] | None = None) -> Description:
         """See `divergence.probes.Probe`; a module is understood by running it on `inputs`."""
@@ -102,10 +167,11 @@ class PyTorchProbe:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
         order, outputs, notes = self.observe(inputs, sink, detail=detail, progress=progress, record=record)
+        self._digest = fingerprint(named_weights(self.model))
         return RunFacts(
             kind=self.kind,
             source=self.source,
-            model_digest=fingerprint(named_weights(self.model)),
+            model_digest=self._digest,
             precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
             stacks=order,
             versions={"torch": torch.__version__},
