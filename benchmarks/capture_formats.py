@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from divergence.captures import open_capture
-from divergence.recording import CaptureWriter
 from divergence.probes import Observation, RunFacts
+from divergence.recording import CaptureWriter
 from divergence.sites import Site
 
 MIB = 1 << 20

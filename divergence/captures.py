@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,23 +190,38 @@ def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Digest of a model from its named parameters: names, shapes, dtypes and contents.
 
     Contents enter by the xor of all their 64-bit words, which any one change alters, and by up to 64
-    evenly spaced elements, which tell a permutation from the original; reading is the only cost.
+    evenly spaced elements, which tell a permutation from the original; reading is the only cost. What
+    lies on a device is fetched from there once, in the end.
     """
     import torch
 
-    digest = hashlib.sha256()
+    digested: list[tuple[str, list[torch.Tensor]]] = []
     for name, tensor in named:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if not tensor.numel() or tensor.device.type == "meta":
-            continue
-        flat = tensor.detach().reshape(-1).contiguous()
-        octets = flat.view(torch.uint8)
-        if octets.storage_offset() % WORD:  # cannot be seen as words in place
-            octets = octets.clone()
-        words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-        parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
-        if words.numel():
-            parts.append(torch.hash_tensor(words))
+        header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
+        empty = not tensor.numel() or tensor.device.type == "meta"
+        digested.append((header, [] if empty else _digests(tensor.detach())))
+    fetched: dict[torch.device, Iterator[torch.Tensor]] = {}
+    for device in {part.device for _, parts in digested for part in parts}:
+        there = [part for _, parts in digested for part in parts if part.device == device]
+        fetched[device] = iter(torch.cat(there).cpu().split([part.numel() for part in there]))
+    digest = hashlib.sha256()
+    for header, parts in digested:
+        digest.update(header.encode())
         for part in parts:
-            digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+            digest.update(next(fetched[part.device]).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What of the contents of a tensor enters its model's digest, as bytes of their own on its device."""
+    import torch
+
+    flat = tensor.reshape(-1).contiguous()
+    octets = flat.view(torch.uint8)
+    if octets.storage_offset() % WORD:  # cannot be seen as words in place
+        octets = octets.clone()
+    words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
+    parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
+    if words.numel():
+        parts.append(torch.hash_tensor(words))
+    return [part.reshape(-1).clone().view(torch.uint8) for part in parts]

@@ -16,9 +16,9 @@ from divergence.comparing import Meanwhile, compare_pair, compare_pairs
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
+from divergence.masks import valid_tokens
 from divergence.noise import Floor
 from divergence.precision import check_precision
-from divergence.masks import valid_tokens
 from divergence.prepared import Reference, floors_of, prepared
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from divergence.budget import Budget
 from divergence.captures import MANIFEST, MASK_PREFIX, SCHEMA, Capture, Entry, open_capture, partial_of
 from divergence.errors import CaptureError, one_line
 from divergence.precision import dtype_name
@@ -36,39 +37,6 @@ STAGED = 64 << 20
 
 PIECE = 8 << 20
 """Most bytes of a tensor with gaps that are brought together at a time."""
-
-
-class Budget:
-    """Host memory that a command may fill with tensors.
-
-    Half of it is for captures that stay in memory. The other half is for what is under way: page-locked
-    buffers, the tensors that an ONNX model shows in one run, what is read ahead of a comparison.
-
-    Args:
-        memory: bytes.
-
-    Attributes:
-        under_way: bytes for what is under way.
-    """
-
-    def __init__(self, memory: int) -> None:
-        self.memory = memory
-        self.under_way = max(1, memory // 2)
-        self._left = memory - memory // 2
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> bool:
-        """Takes room for a tensor that stays in memory. Returns whether there was any."""
-        with self._lock:
-            if nbytes > self._left:
-                return False
-            self._left -= nbytes
-            return True
-
-    def give(self, nbytes: int) -> None:
-        """Gives back what was taken."""
-        with self._lock:
-            self._left += nbytes
 
 
 Arrived = Callable[[Entry, "torch.Tensor"], None]
@@ -256,7 +224,10 @@ class CaptureWriter:
                 self._send(tensor, _filling(held), arrived)
 
     def _send(
-        self, tensor: torch.Tensor, receive: Callable[[torch.Tensor], None], done: Callable[[], None] | None = None
+        self,
+        tensor: torch.Tensor,
+        receive: Callable[[torch.Tensor], None],
+        done: Callable[[], None] | None = None,
     ) -> None:
         if self._staging is None:
             memory = STAGED if self._budget is None else min(STAGED, self._budget.under_way)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from divergence.budget import Budget
 from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import InputError
 from divergence.inputs import digest, load_inputs, token_masks
 from divergence.probes import Probe, Progress
 from divergence.probes.recorded import RecordedProbe
-from divergence.recording import Arrived, Budget, CaptureWriter
+from divergence.recording import Arrived, CaptureWriter
 from divergence.room import fits_twice
 from divergence.sources import is_runtime_file, open_source
 

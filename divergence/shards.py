@@ -189,7 +189,11 @@ class Shard:
         for name, item in header.items():
             if name == "__metadata__":
                 continue
-            dtype, shape, (start, stop) = torch_dtype(_NAMES[item["dtype"]]), item["shape"], item["data_offsets"]
+            dtype, shape, (start, stop) = (
+                torch_dtype(_NAMES[item["dtype"]]),
+                item["shape"],
+                item["data_offsets"],
+            )
             whole = 0 <= start <= stop <= size - self._data
             if not whole or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"'{name}' does not lie within the file")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from divergence.budget import Budget
 from divergence.captures import Capture, Entry
 from divergence.comparing import Meanwhile, compare_pair
 from divergence.config import Config, parse_tolerance
@@ -20,7 +21,7 @@ from divergence.errors import CaptureError
 from divergence.pipeline import compare
 from divergence.probes import Observation, RunFacts
 from divergence.probes.fake import FakeProbe
-from divergence.recording import Budget, CaptureWriter
+from divergence.recording import CaptureWriter
 from divergence.setting import record
 from divergence.sites import HIDDEN_AXES, Site
 from divergence.staging import BUFFERS, Staging
@@ -306,7 +307,9 @@ def test_a_capture_of_a_device_is_that_of_the_cpu(tmp_path: Path, memory: int | 
         assert float(tensor.min()) in (entry.site.layer, 7.0)
 
 
-def test_a_disk_that_fails_under_a_device_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_under_a_device_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,13 +52,13 @@ def another():
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Any]]:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Any]:
     name = f"made_{uuid.uuid4().hex}"
     (tmp_path / f"{name}.py").write_text(MODEL, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     import importlib
 
-    yield name, importlib.import_module(name)
+    return name, importlib.import_module(name)
 
 
 def judged(ref: str, cand: str, **options: Any) -> Comparison:
@@ -106,7 +105,7 @@ def test_a_reference_that_comes_back_with_other_weights_is_refused(module: tuple
 
 @pytest.mark.usefixtures("little")
 def test_a_module_that_the_caller_holds_stays(module: tuple[str, Any]) -> None:
-    name, made = module
+    name, _ = module
     model = llama()
     result = compare(model, f"pytorch:{name}:faulty", inputs_for("llama"), config=Config())
     assert result.verdict == "fail"

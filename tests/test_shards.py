@@ -56,7 +56,11 @@ def test_safetensors_reads_what_was_written(
 
 
 def test_what_safetensors_wrote_is_read(tmp_path: Path) -> None:
-    written = {"a": torch.tensor([True, False, True]), "b": torch.randn(3, 5), "c": torch.tensor(3.0).double()}
+    written = {
+        "a": torch.tensor([True, False, True]),
+        "b": torch.randn(3, 5),
+        "c": torch.tensor(3.0).double(),
+    }
     save_file(written, tmp_path / "a.safetensors", metadata={"who": "they"})
     shard = Shard(tmp_path / "a.safetensors")
     for name, tensor in written.items():

@@ -91,11 +91,10 @@ def brought_in(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def unhooked(module: nn.Module) -> Iterator[None]:
     """`module` without hooks for the duration, so that it can be pickled."""
-    taken = []
+    taken: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
-        for inner in module.modules():
-            if "_hf_hook" in inner.__dict__:
-                taken.append((inner, {name: inner.__dict__.pop(name, None) for name in _HOOKED}))
+        hooked = [inner for inner in module.modules() if "_hf_hook" in inner.__dict__]
+        taken += [(inner, {name: inner.__dict__.pop(name, None) for name in _HOOKED}) for inner in hooked]
         yield
     finally:
         for inner, attributes in taken:
