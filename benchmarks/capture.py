@@ -30,10 +30,12 @@ from benchmarks.tensorrt import gemma
 from divergence.budget import Budget
 from divergence.probes import silent
 from divergence.probes.pytorch import PyTorchProbe
+from divergence.room import host_memory
 from divergence.setting import record
 from tests import smollm2
 
 MEMORY = 512 << 20
+ROOM = 12 << 30
 Case = tuple[str, nn.Module, Mapping[str, Tensor]]
 
 
@@ -41,7 +43,10 @@ def cases(tokens: int, *, large: bool) -> Iterator[Case]:
     """Models, with inputs."""
     if smollm2.available():
         yield f"SmolLM2-135M, CPU, {tokens} tokens", smollm2.load(), smollm2.inputs(tokens)
-    if large:
+    free = host_memory()
+    if large and free is not None and free < ROOM:
+        print(f"2 G parameters, CPU: left out, {free >> 30} GiB are free and it takes {ROOM >> 30}")
+    elif large:
         gemma.SIZES["full"] = replace(gemma.SIZES["full"], tokens=tokens)
         yield f"2 G parameters, CPU, {tokens} tokens", gemma.make("full", "cpu"), gemma.inputs("full")
     if torch.cuda.is_available():

@@ -119,8 +119,8 @@ def main() -> None:
             seconds, before, peak, anonymous, _ = map(float, done.stdout.split())
             ours = size / 2**30 / seconds
             print(
-                f"disk {rate:5.2f} GiB/s   compare {ours:5.2f} GiB/s, {ours / rate:4.2f} of it, {seconds:.1f} s"
-                f"   resident at most {peak:.0f} MiB ({before:.0f} before), of which anonymous {anonymous:.0f}"
+                f"disk {rate:.2f} GiB/s   compare {ours:.2f} GiB/s, {ours / rate:.2f} of it, {seconds:.1f} s "
+                f"  resident at most {peak:.0f} MiB, {anonymous:.0f} of it anonymous; {before:.0f} before"
             )
 
 
