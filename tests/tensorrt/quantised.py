@@ -19,13 +19,13 @@ from divergence.demo import inputs
 TYPES = {"int8": QuantType.QInt8, "fp8": QuantType.QFLOAT8E4M3FN}
 
 
-class _Samples(CalibrationDataReader):
+class _Samples(CalibrationDataReader):  # type: ignore[misc]  # ships no types
     """The bundled inputs, once."""
 
     def __init__(self) -> None:
         self._samples: Iterator[dict[str, object]] = iter([{n: t.numpy() for n, t in inputs().items()}])
 
-    def get_next(self) -> dict[str, object] | None:  # type: ignore[override] # upstream says dict alone
+    def get_next(self) -> dict[str, object] | None:
         return next(self._samples, None)
 
 
