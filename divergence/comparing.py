@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
@@ -27,7 +28,9 @@ class Meanwhile:
     """Compares on a thread what a candidate hands over while it still runs.
 
     Only sites whose partner is certain: the same site of the same shape. Whether that is how they are
-    paired in the end is for `take` to check. Use as a context manager.
+    paired in the end is for `take` to check. And only where a core is free for it, because the candidate
+    runs on a device or leaves one: threads of a model wait for each other, and one that has to share its
+    core holds up all of them. Use as a context manager.
 
     Args:
         reference: the reference's run.
@@ -39,6 +42,7 @@ class Meanwhile:
         self._exclude = exclude
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="compare-meanwhile")
         self._found: dict[Site, tuple[Tensor, Future[Metrics]]] = {}
+        self._spare = _spare_core()
 
     def __enter__(self) -> Self:
         return self
@@ -46,8 +50,10 @@ class Meanwhile:
     def __exit__(self, *exc: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def __call__(self, entry: Entry, tensor: Tensor) -> None:
+    def __call__(self, entry: Entry, tensor: Tensor, from_device: bool) -> None:  # noqa: FBT001 - a callback
         """Takes a tensor that stays in memory (`divergence.recording.Arrived`)."""
+        if not (from_device or self._spare):
+            return
         site = entry.site
         known = self._reference.entries.get(site)
         if known is None or known.shape != entry.shape or any(matches(site, p) for p in self._exclude):
@@ -66,6 +72,15 @@ class Meanwhile:
         ref = self._reference.tensor(site)
         axes = self._reference.entries[site].axes
         return compare_tensors(ref, tensor, axes=axes, mask=valid_tokens(self._reference, site, ref))
+
+
+def _spare_core() -> bool:
+    """Whether torch leaves a core of this process alone."""
+    import torch
+
+    tell = getattr(os, "sched_getaffinity", None)
+    cores = len(tell(0)) if tell is not None else os.cpu_count() or 1
+    return torch.get_num_threads() < cores
 
 
 def compare_pair(pair: Pair, reference: Capture, candidate: Capture) -> Metrics:

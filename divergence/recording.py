@@ -39,8 +39,9 @@ PIECE = 8 << 20
 """Most bytes of a tensor with gaps that are brought together at a time."""
 
 
-Arrived = Callable[[Entry, "torch.Tensor"], None]
-"""Told of a tensor that stays in memory as soon as all of it is there, on any thread."""
+Arrived = Callable[[Entry, "torch.Tensor", bool], None]
+"""Told of a tensor that stays in memory as soon as all of it is there, on any thread, and whether it came
+from a device."""
 
 
 class CaptureWriter:
@@ -212,7 +213,7 @@ class CaptureWriter:
 
         def arrived() -> None:
             if self._arrived is not None and entry is not None:
-                self._arrived(entry, held)
+                self._arrived(entry, held, not self._on_cpu(tensor))
 
         # A probe runs in inference mode; what it leaves behind is an ordinary tensor.
         with torch.inference_mode(mode=False), torch.no_grad():

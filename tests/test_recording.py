@@ -147,6 +147,25 @@ def captured(folder: Path, name: str, tensors: dict[str, Tensor], arrived: Any =
         return writer.close(FACTS, "")
 
 
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A core that no model uses."""
+    monkeypatch.setattr("divergence.comparing._spare_core", lambda: True)
+
+
+def test_a_model_that_uses_every_core_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("divergence.comparing._spare_core", lambda: False)
+    tensors = {"layers.0.hidden": torch.ones(1, 8, 16)}
+    with Meanwhile(captured(tmp_path, "ref", tensors)) as meanwhile:
+        captured(tmp_path, "cand", tensors, meanwhile)
+        assert not meanwhile._found
+        with DeviceWriter(tmp_path / "c", budget=Budget(1 << 30), arrived=meanwhile) as writer:
+            writer(hidden(0))
+            writer.close(FACTS, "")
+        assert len(meanwhile._found) == 1
+
+
+@pytest.mark.usefixtures("core")
 def test_sites_are_compared_while_the_candidate_runs_and_give_the_same(tmp_path: Path) -> None:
     from divergence.alignment import align
 
@@ -162,6 +181,7 @@ def test_sites_are_compared_while_the_candidate_runs_and_give_the_same(tmp_path:
             assert (found.rel_l2, found.mse) == (expected.rel_l2, expected.mse)
 
 
+@pytest.mark.usefixtures("core")
 def test_what_was_compared_too_early_is_compared_again(tmp_path: Path) -> None:
     from divergence.alignment import align
 
@@ -179,6 +199,7 @@ def test_what_was_compared_too_early_is_compared_again(tmp_path: Path) -> None:
         assert meanwhile.take(pair, replaced) is None
 
 
+@pytest.mark.usefixtures("core")
 def test_sites_without_a_certain_partner_wait(tmp_path: Path) -> None:
     reference = captured(tmp_path, "ref", {"layers.0.hidden": torch.ones(1, 8, 16)})
     with Meanwhile(reference, exclude=["layers.0.hidden"]) as meanwhile:
@@ -292,7 +313,7 @@ def test_a_capture_of_a_device_is_that_of_the_cpu(tmp_path: Path, memory: int | 
     budget = None if memory is None else Budget(memory)
     arrived: list[tuple[Entry, Tensor]] = []
     with DeviceWriter(
-        tmp_path / "c", budget=budget, shard_bytes=1000, arrived=lambda e, t: arrived.append((e, t))
+        tmp_path / "c", budget=budget, shard_bytes=1000, arrived=lambda e, t, _: arrived.append((e, t))
     ) as writer:
         for layer in range(6):
             observation = hidden(layer)
