@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from divergence.errors import SourceError, one_line
+from divergence.errors import SourceError, StorageError, one_line
+from divergence.pairs_result import INDEX, Pairs
 from divergence.result import NESTED, SCHEMA, Comparison, Verdict, as_plain, from_plain, report_text
 
 
@@ -148,11 +149,12 @@ def load_any(path: str | Path) -> Comparison | Chain | Pairs:
     """
     try:
         text, where = report_text(path)
-    except (SourceError, StorageError):
-        with contextlib.suppress(SourceError, StorageError):
+    except (SourceError, StorageError) as missing:
+        try:
             report_text(path, INDEX)
-            return Pairs.load(path)
-        raise
+        except (SourceError, StorageError):
+            raise missing from None
+        return Pairs.load(path)
     try:
         content = json.loads(text)
     except ValueError:

@@ -11,6 +11,7 @@ split into its pairs first, so that one that kills its worker takes no other wit
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def answers_of(
     gpus: float | None,
     environment: dict[str, object],
     progress: Progress,
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """The answer of every pair, in the order in which they are known.
 
     Args:
@@ -115,7 +116,7 @@ class _Run:
         parts = min(count, wanted)
         for sample in range(len(self._given)):
             bounds = [count * i // parts for i in range(parts + 1)]
-            for low, high in zip(bounds, bounds[1:], strict=False):
+            for low, high in itertools.pairwise(bounds):
                 yield _Task(sample, tuple(range(low, high)))
 
     def answers(self) -> Iterator[Answer]:
@@ -170,8 +171,8 @@ class _Run:
             if task.lost + 1 < ATTEMPTS:
                 self._queue += [_Task(task.sample, (n,), task.lost + 1) for n in task.numbers]
                 return
-            reason = f"its worker was lost {ATTEMPTS} times ({one_line(error)}); run this pair alone, without --ray"
-            yield from self._failed(task, reason)
+            why = f"its worker was lost {ATTEMPTS} times ({one_line(error)})"
+            yield from self._failed(task, f"{why}; run this pair alone, without --ray")
         except Exception as error:
             yield from self._failed(task, f"its result could not be read ({one_line(error)})")
 
@@ -233,7 +234,7 @@ def _cluster(address: str, progress: Progress) -> Iterator[Any]:
     if ray.is_initialized():
         yield ray
         return
-    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment(RAY_USAGE_STATS_ENABLED="0"))
         if address.partition(":")[0] == "local":
@@ -309,5 +310,3 @@ def _short_folder() -> Iterator[str]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -215,7 +215,7 @@ def reason_of(error: Exception) -> str:
 
 def _here(
     work: Work, given: Sequence[Inputs | str | None], keep: Path | None, progress: Progress
-) -> Iterator[Answer]:
+) -> Generator[Answer, None, None]:
     """The pairs one after another, by sample."""
     numbers = range(len(work.cands))
     try:

@@ -108,13 +108,15 @@ class Pairs:
                 raise SourceError(f"{where}: the index of a {content['kind']}; give the folder of one report")
             if content["schema"] != SCHEMA:
                 raise SourceError(
-                    f"{where}: index schema {content['schema']}, this version reads {SCHEMA}; run compare again"
+                    f"{where}: index schema {content['schema']}, this version reads {SCHEMA}; compare again"
                 )
             base = where.removesuffix(INDEX)
             entries = sorted(content["comparisons"], key=lambda entry: int(entry["number"]))
             for entry in entries:
                 if Path(entry["folder"]).name != entry["folder"]:
-                    raise SourceError(f"{where}: '{entry['folder']}' is no folder beside it; run compare again")
+                    raise SourceError(
+                        f"{where}: '{entry['folder']}' is no folder beside it; run compare again"
+                    )
             return cls.of(
                 [
                     PairResult(e["name"], e["sample"], load_report(f"{base}{e['folder']}"), e["folder"])

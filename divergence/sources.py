@@ -33,7 +33,8 @@ def open_source(
 
     Args:
         source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file, a
-            TensorRT engine or a capture, a capture's URL, a name from the configuration, a `torch.nn.Module`, or a probe.
+            TensorRT engine or a capture, a capture's URL, a name from the configuration, a `torch.nn.Module`,
+            or a probe.
         config: the configuration that names refer to.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
         memory: bytes that an ONNX model's exposed tensors may take at a time.
@@ -79,7 +80,8 @@ def _from_text(name: str, config: Config) -> SourceConfig:
             "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
         )
     path = Path(name)
-    if "://" in name or path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or partial_of(path).exists():
+    known = (".onnx", *ENGINE_SUFFIXES, ".capture")
+    if "://" in name or path.suffix in known or path.exists() or partial_of(path).exists():
         return SourceConfig(path=name)
     raise SourceError(
         f"{name}: no such file, and no source of that name in the configuration"

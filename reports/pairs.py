@@ -1,4 +1,4 @@
-"""The terminal report and the summary of pairs: a table of candidates by samples, then what needs a reader."""
+"""Terminal report and summary of pairs: a table of candidates by samples, then what needs a reader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from divergence.pairs_result import PairResult, Pairs
 from divergence.reports import number
-from divergence.reports.assertion import cause, figures
+from divergence.reports.assertion import figures
 from divergence.reports.chain import write_row
 from divergence.reports.markdown import MARKS, address, code_span, prose
 from divergence.reports.page import Page
@@ -68,7 +68,7 @@ def _found(comparison: Comparison) -> str:
     site = first_site(comparison)
     if comparison.verdict == "error" or site is None:
         return comparison.reason
-    why = f"; {cause(comparison)}" if comparison.causes else ""
+    why = f"; cause: {comparison.causes[0].title}" if comparison.causes else ""
     return f"{site.site} {figures(comparison)}{why}"
 
 
@@ -113,9 +113,7 @@ def _table(pairs: Pairs) -> list[str]:
     ]
     for name in names:
         cells = (pairs[name, sample] for sample in samples)
-        said = (
-            MARKS[c.verdict] + (f" {code_span(_where(c))}" if c.verdict == "fail" else "") for c in cells
-        )
+        said = (MARKS[c.verdict] + (f" {code_span(_where(c))}" if c.verdict == "fail" else "") for c in cells)
         lines.append(f"| {code_span(name)} | {' | '.join(said)} |")
     left = len(pairs.pairs) - len(samples) * len(names)
     return [*lines, "", *([f"{left} more pairs in the index.", ""] if left else [])]
