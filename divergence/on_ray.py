@@ -43,6 +43,7 @@ STORE_BYTES = 256 << 20
 """Object store of a Ray that is started here: samples and results are small; more goes to the disk."""
 
 _TICK = 1.0
+_TOLD = "worker died or was killed|due to memory pressure|node .* has been marked dead"
 _LONGEST_FOLDER = 24
 """Ray's sockets lie in its folder, and the path of a socket has about 100 characters at most."""
 
@@ -224,7 +225,8 @@ def _needs_gpu(cand: object, work: Work) -> bool:
 def _cluster(address: str, progress: Progress) -> Iterator[Any]:
     """Ray, connected: what was connected before stays so, and what is started here is ended here."""
     try:
-        with _environment(RAY_USAGE_STATS_ENABLED="0"):
+        # What is lost is told in the result; Ray would print it to standard output, among the reports.
+        with _environment(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX=_TOLD):
             import ray
             import ray.exceptions
     except ImportError as error:
@@ -232,6 +234,11 @@ def _cluster(address: str, progress: Progress) -> Iterator[Any]:
             f"--ray needs Ray ({one_line(error)}): pip install 'divergence-debugger[ray]'"
         ) from error
     if ray.is_initialized():
+        connected = ray.get_runtime_context().gcs_address
+        if not (address == "auto" or address.startswith(("local", "ray://")) or address == connected):
+            raise ConfigurationError(
+                f"--ray {address}: Ray is connected to {connected} here; call ray.shutdown() first"
+            )
         yield ray
         return
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}

@@ -77,6 +77,9 @@ class Reports:
         folder: on the disk.
         out: what the user calls it: the folder, or the URL that it will be uploaded to.
         link: where the page will be found, for `summary.md`.
+
+    Attributes:
+        written: folders of the pairs whose reports are written.
     """
 
     def __init__(self, folder: Path | None, out: str, link: str = "") -> None:
@@ -84,7 +87,7 @@ class Reports:
         self._out = out
         self._link = link
         self._pages: list[str] = []
-        self._written: set[str] = set()
+        self.written: set[str] = set()
 
     def add(self, pair: PairResult) -> None:
         """Writes the reports of a pair; what is over all pairs is written in the end."""
@@ -92,7 +95,7 @@ class Reports:
             from divergence.reports import write_all
 
             write_all(pair.comparison, self.folder / pair.folder)
-            self._written.add(pair.folder)
+            self.written.add(pair.folder)
 
     def show(self, result: Comparison | Chain | Pairs) -> None:
         """Writes all reports that are not yet written, and prints the terminal's."""
@@ -119,7 +122,7 @@ class Reports:
         if isinstance(result, Comparison) or result.kind == "chain":
             return write_all(result, self.folder, link=self._link)
         for pair in result.pairs:
-            if pair.folder not in self._written:
+            if pair.folder not in self.written:
                 self.add(pair)
         return write_over_pairs(result, self.folder, link=self._link)
 
@@ -141,7 +144,16 @@ def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
         yield Reports(None, "")
         return
     if "://" not in out:
-        yield Reports(Path(out), str(Path(out)), link)
+        reports = Reports(Path(out), str(Path(out)), link)
+        try:
+            yield reports
+        except KeyboardInterrupt:
+            if not reports.written:
+                raise
+            from divergence.reports import counted
+
+            done = f"the reports of {counted(len(reports.written), 'pair')} are in {out}, without an index"
+            raise click.ClickException(f"interrupted; {done}") from None
         return
     from divergence.storage import writing
 
