@@ -30,6 +30,8 @@ from divergence.errors import CaptureError, DivergenceError, StorageError, neare
 if TYPE_CHECKING:
     import torch
 
+    from divergence.sites import Site
+
 LAST = (MANIFEST, "report.json", "index.html", "index.json")
 """Files that are uploaded after all others, in this order."""
 
@@ -144,14 +146,12 @@ def open_remote(url: str) -> Capture:
                     file.truncate(size)
         local = open_capture(folder)
         fields = {f.name: getattr(local, f.name) for f in dataclasses.fields(local) if f.init}
-        capture = RemoteCapture(**fields, shards=_Shards(store, folder, sizes))
+        return RemoteCapture(**fields, shards=_Shards(store, folder, sizes))
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, CaptureError):
             raise CaptureError(str(error).replace(str(folder), url)) from error
         raise
-    weakref.finalize(capture, shutil.rmtree, folder, ignore_errors=True)
-    return capture
 
 
 class _Shards:
@@ -163,6 +163,8 @@ class _Shards:
         self._sizes = sizes
         self._held: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        # With the shards, not with the capture: what `replace` makes of a capture shares them.
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
     def fetch(self, file: str) -> None:
         """Sees to it that `file` is in the folder.
@@ -186,13 +188,24 @@ class _Shards:
 
 @dataclass(frozen=True)
 class RemoteCapture(Capture):
-    """A capture whose `path` holds the shards that were read last; deleted with it."""
+    """A capture whose `path` holds the shards that were read last, for as long as anybody has them."""
 
     shards: _Shards = field(kw_only=True, repr=False, compare=False)
 
-    def _read(self, file: str, name: str) -> torch.Tensor:
-        self.shards.fetch(file)
-        return super()._read(file, name)
+    def tensor(self, site: Site) -> torch.Tensor:
+        """As of `Capture`; its shard is fetched first.
+
+        Raises:
+            StorageError: it cannot be.
+        """
+        self.shards.fetch(self.entries[site].file)
+        return super().tensor(site)
+
+    def mask(self, stack: str) -> torch.Tensor | None:
+        """As of `Capture`; its shard is fetched first."""
+        if file := self.masks.get(stack, self.masks.get("")):
+            self.shards.fetch(file)
+        return super().mask(stack)
 
 
 @dataclass(frozen=True)

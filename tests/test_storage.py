@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import tempfile
@@ -129,6 +130,14 @@ def test_the_fetched_shards_are_bounded_and_deleted(tmp_path: Path, monkeypatch:
         assert len(capture.shards._held) == 1  # type: ignore[attr-defined]
     assert float(first.mean()) == 0  # what was evicted meanwhile is still what it was
     del capture, first
+    assert left(tmp_path) == []
+
+
+def test_a_copy_of_a_capture_outlives_it(tmp_path: Path) -> None:
+    copied = dataclasses.replace(divergence.open_capture(uploaded(tmp_path)))
+    gc.collect()
+    assert float(copied.tensor(Site(2, "hidden")).mean()) == 2
+    del copied
     assert left(tmp_path) == []
 
 
