@@ -297,6 +297,13 @@ def test_a_lost_task_is_tried_again_pair_by_pair() -> None:
     assert len(fake.asked) == 2 + 2  # two tasks of two; one of them again as two
 
 
+def test_a_pair_whose_worker_is_always_lost_is_given_up() -> None:
+    fake = FakeRay(["lost"] * 100, cpus=1)
+    found = answered_by(fake, 2, 3)
+    assert len(found) == 6 and all("its worker was lost 3 times" in c.reason for _, _, c in found)
+    assert len(fake.asked) == 3 + 6 + 6  # a task for each sample, then twice each pair alone
+
+
 def test_what_a_task_raises_is_not_tried_again() -> None:
     fake = FakeRay(["raises"], cpus=1)
     reasons = [c.reason for _, _, c in answered_by(fake, 4, 1)]
