@@ -36,7 +36,7 @@ ATTEMPTS = 3
 """How often a pair is tried whose worker is lost."""
 
 TASKS_PER_WORKER = 2
-ANSWER_SECONDS = 20.0
+ANSWER_SECONDS = 40.0
 """How long a cluster may take to answer."""
 
 STORE_BYTES = 256 << 20
@@ -291,6 +291,11 @@ def _ask(address: str) -> None:
             f"--ray {address}: no Ray answers there within {ANSWER_SECONDS:g} s; check the address, or give "
             "--ray local"
         ) from error
+    if "AuthenticationError" in tried.stderr:
+        raise ConfigurationError(
+            f"--ray {address}: the cluster asks for a token and got none, or another; set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to its file"
+        )
     if tried.returncode:
         said = [line.strip() for line in tried.stderr.splitlines() if line.strip()] or ["no reason given"]
         raise ConfigurationError(f"--ray {address}: {said[-1][:300]}; check the address, or give --ray local")
