@@ -107,7 +107,7 @@ def _extreme(name: str) -> Any:
 
 
 @intrinsic
-def prefetch(_: Any, address: Any) -> Any:  # noqa: ARG001 - the argument types make the signature
+def prefetch(_: Any, address: Any) -> Any:  # noqa: ARG001 - seen by numba
     """Asks for the cache line at an address, in the second-level cache; an address that is nobody's is no error."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
