@@ -108,7 +108,7 @@ def _extreme(name: str) -> Any:
 
 @intrinsic
 def prefetch(_: Any, address: Any) -> Any:  # noqa: ARG001 - seen by numba
-    """Asks for the cache line at an address, in the second-level cache; an address that is nobody's is no error."""
+    """Asks for the cache line at an address, in the second-level cache; any address will do."""
 
     def generate(_: Any, builder: Any, __: Any, args: Any) -> Any:
         pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
