@@ -1,0 +1,37 @@
+"""Addresses at which no Ray answers. In a file of its own: no test here may be connected to one."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+
+import pytest
+
+from divergence import on_ray
+from divergence.config import Config
+from divergence.errors import ConfigurationError
+from divergence.pairs import compare_pairs
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["closed", "silent", "nonsense", "auto", "client"])
+def test_an_address_that_does_not_answer_is_one_line_in_bounded_time(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "ANSWER_SECONDS", 8.0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with contextlib.closing(socket.socket()) as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        if kind == "silent":
+            listening.listen()
+        address = {"nonsense": "nonsense", "auto": "auto", "client": f"ray://127.0.0.1:{port}"}
+        started = time.monotonic()
+        with pytest.raises(ConfigurationError, match="--ray .*; check the address") as raised:
+            compare_pairs("a", ["b.onnx"], [{}], ray=address.get(kind, f"127.0.0.1:{port}"), config=Config())
+    assert time.monotonic() - started < 60
+    assert "\n" not in str(raised.value)
+    assert not ray.is_initialized()
