@@ -35,7 +35,7 @@ common = _all(
         default=512,
         show_default=True,
         metavar="MIB",
-        help="Memory for an ONNX model's exposed tensors at a time.",
+        help="Host memory for tensors; what does not fit goes to disk.",
     ),
     click.option(
         "--config",

@@ -64,6 +64,20 @@ def open_source(
     )
 
 
+def settings_of(source: object, config: Config) -> SourceConfig | None:
+    """What the configuration says of a source that is a name, or what its name says; None for objects and
+    for names that say nothing."""
+    if not isinstance(source, str | Path):
+        return None
+    known = config.sources.get(str(source))
+    if known is not None:
+        return known
+    try:
+        return _from_text(str(source), config)
+    except (ConfigurationError, SourceError):
+        return None
+
+
 def is_runtime_file(source: str | Path, config: Config) -> bool:
     """Whether `source` names an ONNX file or a TensorRT engine, which take a while to load."""
     settings = config.sources.get(str(source))
@@ -155,6 +169,8 @@ def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> Engi
 
 
 def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
+    from torch import nn
+
     from divergence.inputs import describe_exception, import_callable
     from divergence.precision import torch_dtype
     from divergence.probes.pytorch import PyTorchProbe
@@ -162,21 +178,24 @@ def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
     assert settings.model is not None
     function = import_callable(settings.model, config.base)
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    try:
-        model: Any = function()
-    except (Exception, SystemExit) as error:
-        raise SourceError(
-            f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
-            "loads the model"
-        ) from error
-    probe = PyTorchProbe(model, name, {ours: theirs for theirs, ours in settings.inputs.items()})
-    if settings.dtype is not None:
-        dtype = torch_dtype(settings.dtype)
-        # Parameters only: rounding buffers such as inv_freq would plant a fault.
-        for parameter in probe.model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    return probe
+
+    def load() -> Any:
+        try:
+            model: Any = function()
+        except (Exception, SystemExit) as error:
+            raise SourceError(
+                f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
+                "loads the model"
+            ) from error
+        if settings.dtype is not None and isinstance(model, nn.Module):
+            dtype = torch_dtype(settings.dtype)
+            # Parameters only: rounding buffers such as inv_freq would plant a fault.
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+        return model
+
+    return PyTorchProbe(load(), name, {ours: theirs for theirs, ours in settings.inputs.items()}, load=load)
 
 
 class Renamed:

@@ -30,6 +30,7 @@ from divergence.errors import CaptureError, DivergenceError, StorageError, neare
 if TYPE_CHECKING:
     import torch
 
+    from divergence.shards import Span
     from divergence.sites import Site
 
 LAST = (MANIFEST, "report.json", "index.html", "index.json")
@@ -200,6 +201,10 @@ class RemoteCapture(Capture):
         """
         self.shards.fetch(self.entries[site].file)
         return super().tensor(site)
+
+    def span(self, site: Site) -> Span | None:  # noqa: ARG002 - the same of every site
+        """None: a shard that may have to be fetched is nothing that a disk could read ahead."""
+        return None
 
     def mask(self, stack: str) -> torch.Tensor | None:
         """As of `Capture`; its shard is fetched first."""

@@ -200,7 +200,7 @@ def test_an_interrupted_command_leaves_no_ray_behind(here: Path) -> None:
     before = sessions()
     process = command(here, *["--cand", "pytorch:model.py:load"] * 40, "--ray", "local:2", "--out", "stopped")
     started: set[str] = set()
-    while len(list(here.glob("stopped/*"))) < 2:  # the first is whole when the second is begun
+    while len(list((here / "stopped").glob("*/report.json"))) < 2:  # so that the first is done with
         assert process.poll() is None, process.communicate()
         started |= sessions() - before
         time.sleep(0.05)

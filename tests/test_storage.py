@@ -18,13 +18,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import divergence
 from divergence import storage
-from divergence.captures import MANIFEST, Capture, CaptureWriter
+from divergence.captures import MANIFEST, Capture
 from divergence.chain_result import load_any
 from divergence.cli import main
 from divergence.config import Config, load_config
 from divergence.errors import CaptureError, InputError, SourceError, StorageError
 from divergence.inputs import load_inputs
 from divergence.probes import Observation, RunFacts
+from divergence.recording import CaptureWriter
 from divergence.sites import Site
 from tests.models import inputs_for, llama
 from tests.reports import cases
