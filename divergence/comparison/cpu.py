@@ -268,7 +268,7 @@ def _kind(dtype: torch.dtype) -> int:
         return _KINDS[dtype]
     if dtype.itemsize == 1:
         try:
-            _table(dtype)
+            table(dtype)
         except RuntimeError:  # packed types have no values of their own
             pass
         else:
@@ -277,7 +277,7 @@ def _kind(dtype: torch.dtype) -> int:
 
 
 @lru_cache
-def _table(dtype: torch.dtype) -> Floats32:
+def table(dtype: torch.dtype) -> Floats32:
     """The values of all 256 bit patterns of a dtype of one byte."""
     patterns = torch.arange(256, dtype=torch.uint8)
     values = patterns.ne(0) if dtype is torch.bool else patterns.view(dtype)
@@ -288,7 +288,7 @@ def _table(dtype: torch.dtype) -> Floats32:
 def _side(tensor: torch.Tensor) -> Side:
     """Where the kernel finds a tensor `[batch, head, token, channel]` on the CPU."""
     kind = _kind(tensor.dtype)
-    table = _table(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
+    table = table(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
     batch, head, token, channel = tensor.stride()
     return Side(tensor.data_ptr(), batch, head, token, channel, kind, tensor.element_size(), table)
 
