@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,6 +38,20 @@ def compare_tensors(
         AlignmentError: the shapes differ, there are no elements, the names or the mask do not fit,
             or the values are not real numbers.
     """
-    from divergence.comparison.cpu import compare
+    if _on_one_gpu(ref, cand):
+        from divergence.comparison import gpu
 
-    return compare(ref, cand, axes=axes, mask=mask)
+        return gpu.compare(ref, cand, axes=axes, mask=mask)
+    from divergence.comparison import cpu
+
+    return cpu.compare(ref, cand, axes=axes, mask=mask)
+
+
+def _on_one_gpu(ref: Values, cand: Values) -> bool:
+    """Whether both are tensors on one CUDA device, and there is Triton to compare them there."""
+    device = getattr(ref, "device", None)
+    return (
+        getattr(device, "type", "cpu") == "cuda"
+        and device == getattr(cand, "device", None)
+        and find_spec("triton") is not None
+    )

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from divergence.comparison import cpu
 from divergence.comparison import triton_kernel as kernel
 from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
-from divergence.comparison.views import Form, Operands, operands
+from divergence.comparison.views import Form, Operands, byte_values, operands
 
 if TYPE_CHECKING:
     from divergence.comparison.views import Values
@@ -37,8 +36,8 @@ SUMS_BYTES = 32
 LEAST_DEPTH = 16
 """Least rows of a program by default: each writes sums of its columns."""
 
-RESIDENT_THREADS = 256
-"""Of this kernel on a multiprocessor of an H100, for its registers."""
+REGISTERS = 1 << 16
+"""Of a multiprocessor; how many programs it runs at a time depends on how many they use."""
 
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
@@ -69,6 +68,7 @@ class Tiling:
         rows: that are worked on at a time: 1, 2 or 4.
         depth: rows of a program, a multiple of `rows`; 0 for as many as share the rows out evenly.
         bits: of the words that errors are counted in, 32 or 64.
+        registers: of a thread, at most.
     """
 
     threads: int
@@ -77,6 +77,7 @@ class Tiling:
     rows: int
     depth: int
     bits: int
+    registers: int = 255
 
     @property
     def width(self) -> int:
@@ -102,16 +103,41 @@ def compare(
     Args and raises: as `divergence.comparison.compare_tensors`; `entries` as `metrics.PROFILE_ENTRIES`;
     `tiling` by default what suits shape and dtypes; `memory`: `ROW_BYTES` and `COLUMN_BYTES`.
     """
+    results = launch(ref, cand, axes=axes, mask=mask, entries=entries, tiling=tiling, memory=memory)
+    if results is None:
+        from divergence.comparison import cpu
+
+        return cpu.compare(ref, cand, axes=axes, mask=mask, entries=entries)
+    return results.metrics()
+
+
+def launch(
+    ref: Values,
+    cand: Values,
+    *,
+    axes: tuple[str, ...] = (),
+    mask: Values | None = None,
+    entries: int = PROFILE_ENTRIES,
+    tiling: Tiling | None = None,
+    memory: tuple[int, int] = (ROW_BYTES, COLUMN_BYTES),
+) -> Results | None:
+    """Starts a comparison and does not wait for it.
+
+    Args and raises: as `compare`.
+
+    Returns:
+        What holds the results when the device is done; None where the kernel cannot compare these.
+    """
     given = operands(ref, cand, axes, mask)
     pair = _pair(given)
     if pair is None:
-        return cpu.compare(ref, cand, axes=axes, mask=mask, entries=entries)
+        return None
     matrix = _Matrix(given.form, given.mask, *pair)
     plan = _Plan.of(matrix, tiling or _tiling(matrix), memory)
-    results = _Results(matrix, plan, entries)
-    for launch in plan.launches:
-        results.run(launch)
-    return results.metrics()
+    results = Results(matrix, plan, entries)
+    for part in plan.launches:
+        results.run(part)
+    return results
 
 
 def _pair(given: Operands) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -216,7 +242,7 @@ class _Plan:
         most = max(tiling.rows, for_rows // (strips * tiling.threads // 32))
         count = -(-matrix.rows // most)
         rows = -(-matrix.rows // count)
-        blocks = max(1, min(_resident(matrix.device, tiling.threads) // strips, for_columns // columns))
+        blocks = max(1, min(_resident(matrix.device, tiling) // strips, for_columns // columns))
         depth = tiling.depth or max(LEAST_DEPTH, -(-rows // blocks))
         depth = min(depth, kernel.MOST_COUNTED // (tiling.pieces * tiling.run))
         depth = -(-depth // tiling.rows) * tiling.rows
@@ -259,7 +285,7 @@ class _Axis:
         to[first : first + len(sums)] += sums
 
 
-class _Results:
+class Results:
     """What is found, in one buffer on the device.
 
     Attributes:
@@ -299,21 +325,23 @@ class _Results:
         partial = torch.empty((rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device)
         row_sums, column_sums = partial[:rows], partial[rows:]
         ref, cand = matrix.sides
+        aligned = matrix.aligned(ref) and matrix.aligned(cand)
+        def steps(side): return [step // 16 if aligned else step for step in matrix.steps(side)]
         kernel.compare[(launch.programs,)](
-            ref.view(INTEGER[ref.element_size()]), *matrix.steps(ref), _table(ref.dtype, matrix.device),
-            cand.view(INTEGER[cand.element_size()]), *matrix.steps(cand), _table(cand.dtype, matrix.device),
+            ref.view(INTEGER[ref.element_size()]), *steps(ref), _table(ref.dtype, matrix.device),
+            cand.view(INTEGER[cand.element_size()]), *steps(cand), _table(cand.dtype, matrix.device),
             self.mask, self.plain[launch.rows.start // tiling.depth :],
-            matrix.heads, matrix.tokens, matrix.channels,
-            launch.rows.start, launch.rows.stop, launch.columns.start, launch.columns.stop, tiling.depth,
+            matrix.heads, matrix.tokens, matrix.channels // 16 if aligned and matrix.flat & 12 != 12 else matrix.channels,
+            launch.rows.start, launch.rows.stop, launch.columns.start // 32, launch.columns.stop, tiling.depth,
             histogram, token_lost, self.token.group, channel_lost, self.channel.group, head_lost, self.head.group,
             row_sums, column_sums, floats, integers, launch.first,
             REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
-            FLAT=matrix.flat, ALIGNED=matrix.aligned(ref) and matrix.aligned(cand),
+            FLAT=matrix.flat, ALIGNED=aligned,
             MASKED=matrix.mask is not None,
             SHUFFLE=matrix.device.type == "cuda" and torch.version.hip is None and tiling.rows == 4,
             NT=tiling.threads, P=tiling.pieces, V=tiling.run, LOG=(tiling.pieces * tiling.run).bit_length() - 1,
             BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits,
-            num_warps=tiling.threads // 32, enable_fp_fusion=True,
+            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
         )  # fmt: skip
         self.token.add(row_sums.view(warps, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))
         by_column = column_sums.view(blocks, -1, 4).sum(0)
@@ -324,7 +352,9 @@ class _Results:
     def metrics(self) -> Metrics:
         """The metrics that follow from what was found."""
         matrix = self.matrix
-        parts = [part.numpy() for part in self.parts(self.buffer.cpu())]
+        # Page-locked memory takes several times as much a second.
+        host = torch.empty(self.buffer.shape, dtype=torch.int64, pin_memory=self.buffer.is_cuda)
+        parts = [part.numpy() for part in self.parts(host.copy_(self.buffer))]
         histogram, token_lost, channel_lost, head_lost, integers, floats, token, channel, head = parts
         sums = arrange(
             matrix.form,
@@ -402,13 +432,13 @@ def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     Raises:
         RuntimeError: the dtype has no values of its own.
     """
-    values = cpu.table(dtype) if dtype.itemsize == 1 else np.zeros(256, np.float32)
+    values = byte_values(dtype) if dtype.itemsize == 1 else np.zeros(256, np.float32)
     return torch.from_numpy(values).to(device)
 
 
 @lru_cache
-def _resident(device: torch.device, threads: int) -> int:
+def _resident(device: torch.device, tiling: Tiling) -> int:
     """Programs that the device runs at a time."""
     if device.type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count * RESIDENT_THREADS // threads)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count * (REGISTERS // (tiling.registers * tiling.threads)))

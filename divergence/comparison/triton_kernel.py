@@ -186,12 +186,6 @@ def _values(raw, table, KIND: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _sixteens(number):
-    """A number that is known to be a multiple of 16."""
-    return tl.multiple_of(number, 16)
-
-
-@triton.jit
 def _finite(values):
     return tl.abs(values) < float("inf")
 
@@ -201,8 +195,8 @@ def _offsets(members, inner, outer_step, inner_step, FLAT: tl.constexpr):
     """Where members of an axis start that is two flattened into one, `inner` members of the inner one to each of
     the outer; `FLAT`: these follow each other in memory in equal steps."""
     if FLAT:
-        return members.to(tl.int64) * inner_step
-    return (members // inner).to(tl.int64) * outer_step + (members % inner).to(tl.int64) * inner_step
+        return tl.cast(members, tl.int64) * inner_step
+    return tl.cast(members // inner, tl.int64) * outer_step + tl.cast(members % inner, tl.int64) * inner_step
 
 
 @triton.jit
@@ -251,10 +245,12 @@ def _exponents(errors):
 @triton.jit
 def _words(exponents, BITS: tl.constexpr):
     """One bit for each exponent; none for 0."""
-    one = tl.minimum(exponents, 1)
+    one = ((0 - exponents).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     if BITS == 64:
-        return one.to(tl.int64) << (exponents & 63).to(tl.int64)
-    return one << (exponents & 31)
+        words = one.to(tl.int64) << (exponents & 63).to(tl.int64)
+    else:
+        words = one << (exponents & 31)
+    return words
 
 
 @triton.jit
@@ -333,30 +329,40 @@ def _finish(
 ):  # fmt: skip
     """Stores what was found in a strip."""
     histogram, dropped, groups, row_sums, column_sums, floats, integers = out
-    worst, worst_at = largest
+    worst, worst_at, again, low_bits = largest
     planes, least = exponents
-    top = tl.max(worst)
+    high_bits = tl.max(worst)
     tl.store(floats, absolute)
-    tl.store(floats + 1, top)
     tl.store(floats + 2, tl.min(extremes[0]).to(tl.float64))
     tl.store(floats + 3, tl.max(extremes[1]).to(tl.float64))
     tl.store(floats + 4, tl.min(extremes[2]).to(tl.float64))
     tl.store(floats + 5, tl.max(extremes[3]).to(tl.float64))
     tl.store(floats + 6, tl.max(extremes[4]))
-    # In a column rows are in canonical order, and so are the columns that one thread has read.
+    # `worst` is the upper half of the largest error's bits. Its first tile has the largest error, unless later ones
+    # have the same upper half and lower halves that matter: then all rows are looked at.
+    chosen = worst == high_bits
+    first, count = worst_at, BR
+    if (tl.max(tl.where(chosen, again, 0)) > 0) & (tl.max((low_bits != 0).to(tl.int32)) > 0):
+        first, count = tl.zeros((NT,), tl.int32) + strip[0], strip[1] - strip[0]
+        chosen = worst >= 0
+    # In a column rows are in canonical order.
     columns = _own(strip[2] + tl.arange(0, NT * P * V), NT, P, V)
     here = columns < strip[3]
     place = tl.full((NT, P * V), NOWHERE, tl.int64)
+    error = tl.full((NT, P * V), -1.0, tl.float64)
     head, channel = columns // sizes[2], columns % sizes[2]
     at = _columns(ref, columns, sizes, FLAT & 4), _columns(cand, columns, sizes, FLAT & 8)
-    for u in range(BR):
-        row = (worst_at + u)[:, None]
-        used = here & (worst == top)[:, None] & _valid(mask, row, strip[1], MASKED)
-        used &= _errors(ref, cand, at, row, used, sizes, REF, CAND, WIDE, FLAT) == top
+    for u in range(count):
+        row = (first + u)[:, None]
+        used = here & chosen[:, None] & _valid(mask, row, strip[1], MASKED)
+        now = _errors(ref, cand, at, row, used, sizes, REF, CAND, WIDE, FLAT)
         batch, token = row // sizes[1], row % sizes[1]
         number = ((batch.to(tl.int64) * sizes[0] + head) * sizes[1] + token) * sizes[2] + channel
-        place = tl.minimum(place, tl.where(used, number, NOWHERE))
-    tl.store(integers, tl.min(tl.min(place, axis=1), axis=0))
+        place = tl.where(now > error, number, place)
+        error = tl.maximum(error, now)
+    top = tl.max(tl.max(error, axis=1), axis=0)
+    tl.store(floats + 1, top)
+    tl.store(integers, tl.min(tl.min(tl.where(error == top, place, NOWHERE), axis=1), axis=0))
     tl.store(integers + 1, tl.sum(counts[0]).to(tl.int64))
     tl.store(integers + 2, tl.sum(counts[1]).to(tl.int64))
     tl.store(integers + 3, tl.max((counts[2] != 0).to(tl.int32), axis=0).to(tl.int64))
@@ -369,14 +375,14 @@ def _finish(
         lost_here = counts[3].to(tl.int64)
         tl.atomic_add(dropped[1] + columns // groups[1], lost_here, mask=lost, sem="relaxed")
         tl.atomic_add(dropped[2] + head // groups[2], lost_here, mask=lost, sem="relaxed")
-    highest = tl.maximum(top, 0.0).to(tl.int64, bitcast=True) >> 52
+    highest = high_bits >> 20
     lowest = tl.min(least).to(tl.int64) + 1
     if highest > 0:
         if highest - lowest < BITS:
-            _tally(planes, highest.to(tl.int32), histogram, BITS)
+            _tally(planes, highest, histogram, BITS)
         else:
             _windows(
-                ref, cand, strip, sizes, mask, highest.to(tl.int32), histogram,
+                ref, cand, strip, sizes, mask, highest, histogram,
                 REF, CAND, WIDE, FLAT, MASKED, NT, P, V, LOG, BITS,
             )  # fmt: skip
 
@@ -406,8 +412,10 @@ def _scan(
     kind = tl.float64 if WIDE else tl.float32
     err2, ref2, cand2, dot = (tl.zeros((NT, P * V), tl.float64),) * 4
     total = tl.zeros((NT,), tl.float64)
-    worst = tl.full((NT,), -1.0, tl.float64)
+    worst = tl.full((NT,), -1, tl.int32)
     worst_at = tl.zeros((NT,), tl.int32)
+    again = tl.zeros((NT,), tl.int32)
+    low_bits = tl.zeros((NT,), tl.int32)
     ref_low = tl.full((NT,), float("inf"), kind)
     ref_high = tl.full((NT,), float("-inf"), kind)
     cand_low = ref_low
@@ -421,7 +429,7 @@ def _scan(
     column_dropped = tl.zeros((NT, P * V), tl.int32)
     for start in range(strip[0], strip[1], BR):
         raw, digits, sums = (), (), ()
-        largest = tl.full((NT,), -1.0, tl.float64)
+        largest = tl.full((NT,), -1, tl.int32)
         for u in tl.static_range(BR):
             row = start + u
             inside = columns < tl.where(row < strip[1], strip[3], 0)
@@ -463,7 +471,10 @@ def _scan(
             r, c = r.to(tl.float64), c.to(tl.float64)
             d = c - r
             errors = tl.abs(d)
-            exponents = _exponents(errors)
+            bits = errors.to(tl.int64, bitcast=True)
+            high_bits = (bits >> 32).to(tl.int32)
+            low_bits |= _any_bit(bits.to(tl.int32), LOG)
+            exponents = high_bits >> 20
             least = tl.minimum(least, tl.min((exponents - 1).to(tl.uint32, bitcast=True), axis=1))
             digits = digits + (_digits(_words(exponents, BITS), LOG),)
             total += tl.sum(errors, axis=1)
@@ -473,10 +484,11 @@ def _scan(
             cand2 = tl.fma(c, c, cand2)
             dot = tl.fma(r, c, dot)
             if CAREFUL:
-                errors = tl.where(used, errors, -1.0)
-            largest = tl.maximum(largest, tl.max(errors, axis=1))
+                high_bits = tl.where(used, high_bits, -1)
+            largest = tl.maximum(largest, tl.max(high_bits, axis=1))
         planes = _plus(planes, _sum_rows(digits, BR, LOG + 1), PLANES, LOG + LOG_BR + 1)
         _store_rows(sums, row_sums, start, strip[1], NT, BR, CAREFUL, SHUFFLE)
+        again = tl.where(largest > worst, 0, again | (largest == worst).to(tl.int32))
         worst_at = tl.where(largest > worst, start, worst_at)
         worst = tl.maximum(worst, largest)
     absolute = tl.sum(total)
@@ -491,7 +503,7 @@ def _scan(
         extremes = (ref_low, ref_high, cand_low, cand_high, padded)
         counts = (ref_bad, cand_bad, different, column_dropped)
         _finish(
-            ref, cand, strip, sizes, mask, out, absolute, moments, extremes, counts, (worst, worst_at), (planes, least),
+            ref, cand, strip, sizes, mask, out, absolute, moments, extremes, counts, (worst, worst_at, again, low_bits), (planes, least),
             REF, CAND, WIDE, FLAT, MASKED, CAREFUL, NT, P, V, LOG, BR, BITS,
         )  # fmt: skip
     return redo
@@ -500,7 +512,7 @@ def _scan(
 @triton.jit(
     do_not_specialize=[
         "ref_batch", "ref_head", "ref_token", "ref_channel", "cand_batch", "cand_head", "cand_token", "cand_channel",
-        "heads", "tokens", "channels", "row0", "row_end", "column0", "column_end", "depth",
+        "heads", "tokens", "channels", "row0", "row_end", "first_column", "column_end", "depth",
         "token_group", "channel_group", "head_group", "number0",
     ],
     do_not_specialize_on_alignment=["mask", "plain"],
@@ -509,7 +521,7 @@ def compare(
     ref, ref_batch, ref_head, ref_token, ref_channel, ref_table,
     cand, cand_batch, cand_head, cand_token, cand_channel, cand_table,
     mask, plain, heads, tokens, channels,
-    row0, row_end, column0, column_end, depth,
+    row0, row_end, first_column, column_end, depth,
     histogram, token_dropped, token_group, channel_dropped, channel_group, head_dropped, head_group,
     row_sums, column_sums, floats, integers, number0,
     REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
@@ -519,17 +531,18 @@ def compare(
     """TODO"""
     number = tl.program_id(0)
     BC: tl.constexpr = NT * P * V
+    column0 = first_column * 32
     strips = tl.cdiv(column_end - column0, BC)
     block = number // strips
     place = number % strips
     first = row0 + block * depth
     last = tl.minimum(first + depth, row_end)
-    start = _sixteens(column0) + place * BC
-    if ALIGNED:
-        ref_batch, ref_head, ref_token = _sixteens(ref_batch), _sixteens(ref_head), _sixteens(ref_token)
-        cand_batch, cand_head, cand_token = _sixteens(cand_batch), _sixteens(cand_head), _sixteens(cand_token)
-        if not FLAT & 12 == 12:
-            channels = _sixteens(channels)
+    start = column0 + place * BC
+    if ALIGNED:  # given in sixteens, so that the compiler knows
+        ref_batch, ref_head, ref_token = ref_batch * 16, ref_head * 16, ref_token * 16
+        cand_batch, cand_head, cand_token = cand_batch * 16, cand_head * 16, cand_token * 16
+        if FLAT & 12 != 12:
+            channels = channels * 16
     one = (ref, ref_batch, ref_head, ref_token, 1 if ALIGNED else ref_channel, ref_table)
     other = (cand, cand_batch, cand_head, cand_token, 1 if ALIGNED else cand_channel, cand_table)
     strip = (first, last, start, column_end)
