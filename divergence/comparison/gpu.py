@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from divergence.comparison import triton_kernel as kernel
+from divergence.comparison import triton_parts as parts
 from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
+from divergence.comparison.triton_kernel import compare as compare_matrices
 from divergence.comparison.views import Form, Operands, byte_values, operands
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ SUMS_BYTES = 32
 LEAST_DEPTH = 16
 """Least rows of a program by default: each writes sums of its columns."""
 
-REGISTERS = 1 << 16
-"""Of a multiprocessor; how many programs it runs at a time depends on how many they use."""
+REGISTERS = 255
+"""Of a thread; a multiprocessor has 2^16, and runs as many threads as these are enough for."""
 
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
@@ -46,10 +47,10 @@ INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the kernel is given, by bytes of an element."""
 
 FLOATS = {
-    torch.float32: int(kernel.FLOAT32.value),
-    torch.float64: int(kernel.FLOAT64.value),
-    torch.bfloat16: int(kernel.BFLOAT16.value),
-    torch.float16: int(kernel.FLOAT16.value),
+    torch.float32: int(parts.FLOAT32.value),
+    torch.float64: int(parts.FLOAT64.value),
+    torch.bfloat16: int(parts.BFLOAT16.value),
+    torch.float16: int(parts.FLOAT16.value),
 }
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -64,25 +65,22 @@ class Tiling:
 
     Attributes:
         threads: of a program, a multiple of 32.
-        pieces, run: a thread has `pieces` times `run` consecutive columns.
+        run: consecutive columns of a thread.
         rows: that are worked on at a time: 1, 2 or 4.
         depth: rows of a program, a multiple of `rows`; 0 for as many as share the rows out evenly.
         bits: of the words that errors are counted in, 32 or 64.
-        registers: of a thread, at most.
     """
 
     threads: int
-    pieces: int
     run: int
     rows: int
     depth: int
     bits: int
-    registers: int = 255
 
     @property
     def width(self) -> int:
         """Columns of a program."""
-        return self.threads * self.pieces * self.run
+        return self.threads * self.run
 
 
 def compare(
@@ -166,8 +164,19 @@ class _Matrix:
         self.rows = self.batch * self.tokens
         self.columns = self.heads * self.channels
         self.same_dtype = ref.dtype == cand.dtype
+        # Threads and columns correspond where both sides are read alike; the exchange is written for NVIDIA's.
+        self.exchange = (
+            self.device.type == "cuda"
+            and torch.version.hip is None
+            and ref.element_size() == cand.element_size()
+        )
         self.wide = ref.dtype in WIDE or cand.dtype in WIDE
-        self.flat = sum(flag << place for place, flag in enumerate((*map(self._rows_flat, self.sides), *map(self._columns_flat, self.sides))))
+        self.flat = sum(
+            flag << place
+            for place, flag in enumerate(
+                (*map(self._rows_flat, self.sides), *map(self._columns_flat, self.sides))
+            )
+        )
 
     def steps(self, side: torch.Tensor) -> tuple[int, int, int, int]:
         """Strides of batch, head, token and channel; of an axis of one member, that of the outer one."""
@@ -195,19 +204,13 @@ class _Matrix:
 
 
 def _tiling(matrix: _Matrix) -> Tiling:
-    """What suits shape and dtypes."""
-    itemsize = max(side.element_size() for side in matrix.sides)
-    run = min(8, 16 // itemsize)
-    pieces = 1 if matrix.wide else 8 // run
-    threads = min(128, max(32, _power(matrix.columns) // (run * pieces)))
-    while threads == 32 and run * pieces * threads >= 2 * matrix.columns and run * pieces > 1:
-        run, pieces = (run, pieces // 2) if pieces > 1 else (run // 2, 1)
-    if matrix.heads > 1 and matrix.channels % (threads * run * pieces):
-        # What a thread reads of a row must lie in one head (see `worst_at` in the kernel).
-        pieces = 1
-        while matrix.channels % run:
-            run //= 2
-    return Tiling(threads, pieces, run, 4, 0, 32)
+    """What suits shape and dtypes: 16 bytes of a thread at a time, and no more threads than columns need."""
+    run = min(8, 16 // max(side.element_size() for side in matrix.sides))
+    threads = min(128, max(32, _power(matrix.columns) // run))
+    run = min(run, _power(-(-matrix.columns // threads)))
+    while matrix.heads > 1 and matrix.channels % run:
+        run //= 2  # what a thread reads of a row must lie in one head (see `worst_at` in the kernel)
+    return Tiling(threads, run, 4, 0, 64)
 
 
 def _power(n: int) -> int:
@@ -242,15 +245,18 @@ class _Plan:
         most = max(tiling.rows, for_rows // (strips * tiling.threads // 32))
         count = -(-matrix.rows // most)
         rows = -(-matrix.rows // count)
-        blocks = max(1, min(_resident(matrix.device, tiling) // strips, for_columns // columns))
+        blocks = max(1, min(_resident(matrix.device, tiling.threads) // strips, for_columns // columns))
         depth = tiling.depth or max(LEAST_DEPTH, -(-rows // blocks))
-        depth = min(depth, kernel.MOST_COUNTED // (tiling.pieces * tiling.run))
+        depth = min(depth, parts.MOST_COUNTED // tiling.run)
         depth = -(-depth // tiling.rows) * tiling.rows
         step = depth * max(1, min(-(-rows // depth), for_columns // columns))
         launches = []
         number = 0
         for row, column in itertools.product(range(0, matrix.rows, step), range(0, matrix.columns, columns)):
-            part = range(row, min(row + step, matrix.rows)), range(column, min(column + columns, matrix.columns))
+            part = (
+                range(row, min(row + step, matrix.rows)),
+                range(column, min(column + columns, matrix.columns)),
+            )
             programs = -(-len(part[0]) // depth) * -(-len(part[1]) // width)
             launches.append(_Launch(*part, number, programs))
             number += programs
@@ -290,7 +296,7 @@ class Results:
 
     Attributes:
         buffer: `[words]` int64: the histogram, members of each axis that were not compared, integers and
-            floats of each program (see `kernel.FLOATS`), and the sums of each axis, float64.
+            floats of each program (see `parts.FLOATS`), and the sums of each axis, float64.
         parts: views of these.
     """
 
@@ -301,7 +307,7 @@ class Results:
         self.head = _Axis(matrix.heads, entries, matrix.channels)
         axes = (self.token, self.channel, self.head)
         sizes = [EXPONENTS, *(axis.entries for axis in axes)]
-        sizes += [plan.programs * kernel.INTEGERS.value, plan.programs * kernel.FLOATS.value]
+        sizes += [plan.programs * parts.INTEGERS.value, plan.programs * parts.FLOATS.value]
         sizes += [4 * axis.entries for axis in axes]
         # Even numbers of words: addresses stay multiples of 16.
         self.ends = list(itertools.accumulate(size + size % 2 for size in sizes))
@@ -318,30 +324,35 @@ class Results:
     def run(self, launch: _Launch) -> None:
         """Goes over a part of the matrix."""
         matrix, tiling = self.matrix, self.plan.tiling
-        histogram, token_lost, channel_lost, head_lost, integers, floats, token, channel, head = self.parts(self.buffer)
+        histogram, token_lost, channel_lost, head_lost, integers, floats, token, channel, head = self.parts(
+            self.buffer
+        )
         blocks, strips = -(-len(launch.rows) // tiling.depth), -(-len(launch.columns) // tiling.width)
         warps = strips * tiling.threads // 32
         rows = len(launch.rows) * warps
-        partial = torch.empty((rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device)
+        partial = torch.empty(
+            (rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device
+        )
         row_sums, column_sums = partial[:rows], partial[rows:]
         ref, cand = matrix.sides
         aligned = matrix.aligned(ref) and matrix.aligned(cand)
-        def steps(side): return [step // 16 if aligned else step for step in matrix.steps(side)]
-        kernel.compare[(launch.programs,)](
-            ref.view(INTEGER[ref.element_size()]), *steps(ref), _table(ref.dtype, matrix.device),
-            cand.view(INTEGER[cand.element_size()]), *steps(cand), _table(cand.dtype, matrix.device),
+        unit = 16 if aligned else 1
+        (ref_steps, cand_steps) = ([step // unit for step in matrix.steps(side)] for side in matrix.sides)
+        compare_matrices[(launch.programs,)](
+            ref.view(INTEGER[ref.element_size()]), *ref_steps, _table(ref.dtype, matrix.device),
+            cand.view(INTEGER[cand.element_size()]), *cand_steps, _table(cand.dtype, matrix.device),
             self.mask, self.plain[launch.rows.start // tiling.depth :],
-            matrix.heads, matrix.tokens, matrix.channels // 16 if aligned and matrix.flat & 12 != 12 else matrix.channels,
+            matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
             launch.rows.start, launch.rows.stop, launch.columns.start // 32, launch.columns.stop, tiling.depth,
             histogram, token_lost, self.token.group, channel_lost, self.channel.group, head_lost, self.head.group,
             row_sums, column_sums, floats, integers, launch.first,
             REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
             FLAT=matrix.flat, ALIGNED=aligned,
             MASKED=matrix.mask is not None,
-            SHUFFLE=matrix.device.type == "cuda" and torch.version.hip is None and tiling.rows == 4,
-            NT=tiling.threads, P=tiling.pieces, V=tiling.run, LOG=(tiling.pieces * tiling.run).bit_length() - 1,
+            SHUFFLE=aligned and matrix.exchange and tiling.rows == 4,
+            NT=tiling.threads, V=tiling.run, LOG=tiling.run.bit_length() - 1,
             BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits,
-            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
+            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=REGISTERS,
         )  # fmt: skip
         self.token.add(row_sums.view(warps, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))
         by_column = column_sums.view(blocks, -1, 4).sum(0)
@@ -362,8 +373,8 @@ class Results:
             _moments(self.head.members * (matrix.channels * matrix.rows) - head_lost, head),
             _moments(self.channel.members * matrix.rows - channel_lost, channel),
         )
-        numbers = integers.reshape(-1, kernel.INTEGERS.value)
-        figures = floats.reshape(-1, kernel.FLOATS.value)
+        numbers = integers.reshape(-1, parts.INTEGERS.value)
+        figures = floats.reshape(-1, parts.FLOATS.value)
         compared = matrix.rows * matrix.columns - int(token_lost.sum())
         histogram[0] = compared - int(histogram.sum())
         worst, padded = float(figures[:, 1].max()), float(figures[:, 6].max())
@@ -374,7 +385,9 @@ class Results:
             cand_nonfinite=int(numbers[:, 2].sum()),
             bit_equal=matrix.same_dtype and not numbers[:, 3].any(),
             abs_sum=float(figures[:, 0].sum()),
-            max_abs=(worst, self._index(int(numbers[figures[:, 1] == worst, 0].min()))) if worst >= 0 else None,
+            max_abs=(worst, self._index(int(numbers[figures[:, 1] == worst, 0].min())))
+            if worst >= 0
+            else None,
             ref_range=_range(figures[:, 2:4]),
             cand_range=_range(figures[:, 4:6]),
             padded_max_abs=padded if padded >= 0 else None,
@@ -416,13 +429,13 @@ def _stored(dtype: torch.dtype) -> int:
     if dtype in FLOATS:
         return FLOATS[dtype]
     if dtype in SIGNED:
-        return int(kernel.SIGNED.value)
+        return int(parts.SIGNED.value)
     if dtype in UNSIGNED:
-        return int(kernel.UNSIGNED.value)
+        return int(parts.UNSIGNED.value)
     if dtype.itemsize > 1:
         raise RuntimeError(f"{dtype}")
     _table(dtype, torch.device("cpu"))
-    return int(kernel.TABLE.value)
+    return int(parts.TABLE.value)
 
 
 @lru_cache
@@ -437,8 +450,10 @@ def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache
-def _resident(device: torch.device, tiling: Tiling) -> int:
+def _resident(device: torch.device, threads: int) -> int:
     """Programs that the device runs at a time."""
     if device.type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count * (REGISTERS // (tiling.registers * tiling.threads)))
+    return int(
+        torch.cuda.get_device_properties(device).multi_processor_count * ((1 << 16) // (REGISTERS * threads))
+    )
