@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from divergence.comparison import triton_parts as parts
+from divergence.comparison import triton_parts as kernel
 from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
 from divergence.comparison.triton_kernel import compare as compare_matrices
 from divergence.comparison.views import Form, Operands, byte_values, operands
@@ -47,10 +47,10 @@ INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """What the kernel is given, by bytes of an element."""
 
 FLOATS = {
-    torch.float32: int(parts.FLOAT32.value),
-    torch.float64: int(parts.FLOAT64.value),
-    torch.bfloat16: int(parts.BFLOAT16.value),
-    torch.float16: int(parts.FLOAT16.value),
+    torch.float32: int(kernel.FLOAT32.value),
+    torch.float64: int(kernel.FLOAT64.value),
+    torch.bfloat16: int(kernel.BFLOAT16.value),
+    torch.float16: int(kernel.FLOAT16.value),
 }
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
 UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -164,7 +164,7 @@ class _Matrix:
         self.rows = self.batch * self.tokens
         self.columns = self.heads * self.channels
         self.same_dtype = ref.dtype == cand.dtype
-        # Threads and columns correspond where both sides are read alike; the exchange is written for NVIDIA's.
+        # Threads and columns correspond where both sides are read alike; its code is NVIDIA's.
         self.exchange = (
             self.device.type == "cuda"
             and torch.version.hip is None
@@ -247,7 +247,7 @@ class _Plan:
         rows = -(-matrix.rows // count)
         blocks = max(1, min(_resident(matrix.device, tiling.threads) // strips, for_columns // columns))
         depth = tiling.depth or max(LEAST_DEPTH, -(-rows // blocks))
-        depth = min(depth, parts.MOST_COUNTED // tiling.run)
+        depth = min(depth, kernel.MOST_COUNTED // tiling.run)
         depth = -(-depth // tiling.rows) * tiling.rows
         step = depth * max(1, min(-(-rows // depth), for_columns // columns))
         launches = []
@@ -296,7 +296,7 @@ class Results:
 
     Attributes:
         buffer: `[words]` int64: the histogram, members of each axis that were not compared, integers and
-            floats of each program (see `parts.FLOATS`), and the sums of each axis, float64.
+            floats of each program (see `triton_parts.FLOATS`), and the sums of each axis, float64.
         parts: views of these.
     """
 
@@ -307,7 +307,7 @@ class Results:
         self.head = _Axis(matrix.heads, entries, matrix.channels)
         axes = (self.token, self.channel, self.head)
         sizes = [EXPONENTS, *(axis.entries for axis in axes)]
-        sizes += [plan.programs * parts.INTEGERS.value, plan.programs * parts.FLOATS.value]
+        sizes += [plan.programs * kernel.INTEGERS.value, plan.programs * kernel.FLOATS.value]
         sizes += [4 * axis.entries for axis in axes]
         # Even numbers of words: addresses stay multiples of 16.
         self.ends = list(itertools.accumulate(size + size % 2 for size in sizes))
@@ -338,13 +338,17 @@ class Results:
         aligned = matrix.aligned(ref) and matrix.aligned(cand)
         unit = 16 if aligned else 1
         (ref_steps, cand_steps) = ([step // unit for step in matrix.steps(side)] for side in matrix.sides)
+        token_group, channel_group, head_group = (
+            axis.group for axis in (self.token, self.channel, self.head)
+        )
+        first, end = launch.columns.start // 32, launch.columns.stop
         compare_matrices[(launch.programs,)](
             ref.view(INTEGER[ref.element_size()]), *ref_steps, _table(ref.dtype, matrix.device),
             cand.view(INTEGER[cand.element_size()]), *cand_steps, _table(cand.dtype, matrix.device),
             self.mask, self.plain[launch.rows.start // tiling.depth :],
             matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
-            launch.rows.start, launch.rows.stop, launch.columns.start // 32, launch.columns.stop, tiling.depth,
-            histogram, token_lost, self.token.group, channel_lost, self.channel.group, head_lost, self.head.group,
+            launch.rows.start, launch.rows.stop, first, end, tiling.depth,
+            histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
             row_sums, column_sums, floats, integers, launch.first,
             REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
             FLAT=matrix.flat, ALIGNED=aligned,
@@ -373,8 +377,8 @@ class Results:
             _moments(self.head.members * (matrix.channels * matrix.rows) - head_lost, head),
             _moments(self.channel.members * matrix.rows - channel_lost, channel),
         )
-        numbers = integers.reshape(-1, parts.INTEGERS.value)
-        figures = floats.reshape(-1, parts.FLOATS.value)
+        numbers = integers.reshape(-1, kernel.INTEGERS.value)
+        figures = floats.reshape(-1, kernel.FLOATS.value)
         compared = matrix.rows * matrix.columns - int(token_lost.sum())
         histogram[0] = compared - int(histogram.sum())
         worst, padded = float(figures[:, 1].max()), float(figures[:, 6].max())
@@ -429,13 +433,13 @@ def _stored(dtype: torch.dtype) -> int:
     if dtype in FLOATS:
         return FLOATS[dtype]
     if dtype in SIGNED:
-        return int(parts.SIGNED.value)
+        return int(kernel.SIGNED.value)
     if dtype in UNSIGNED:
-        return int(parts.UNSIGNED.value)
+        return int(kernel.UNSIGNED.value)
     if dtype.itemsize > 1:
         raise RuntimeError(f"{dtype}")
     _table(dtype, torch.device("cpu"))
-    return int(parts.TABLE.value)
+    return int(kernel.TABLE.value)
 
 
 @lru_cache

@@ -1,7 +1,7 @@
 """The GPU kernel: both tensors as matrices `[row, column]`, read once.
 
 A row is a token (batch and token, flattened), a column a channel of a head (head and channel, flattened).
-A program goes down a strip of `BC` columns, `BR` rows at a time: sums of columns stay in registers, those of
+A program goes down a strip of columns, `BR` rows at a time: sums of its columns stay in registers, those of
 rows are stored. It assumes that all values are finite; where they turn out not to be, or the strip is cut off
 by an edge or has padded rows, it goes over the strip in the careful way.
 
@@ -75,7 +75,7 @@ def _finish(
     BR: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Stores what was found in a strip."""
-    histogram, dropped, groups, row_sums, column_sums, floats, integers = out
+    histogram, dropped, groups, _, column_sums, floats, integers = out
     worst, worst_at, again, low_bits = largest
     planes, least = exponents
     high_bits = tl.max(worst)
@@ -152,7 +152,7 @@ def _scan(
     Returns:
         1 where a value was not finite and it was not careful; what it has stored is then void.
     """
-    histogram, dropped, groups, row_sums, column_sums, floats, integers = out
+    _, dropped, groups, row_sums, _, _, _ = out
     columns = strip[2] + tl.arange(0, NT * V)
     at = columns_at(ref, columns, sizes, FLAT & 4), columns_at(cand, columns, sizes, FLAT & 8)
     kind = tl.float64 if WIDE else tl.float32
@@ -248,10 +248,7 @@ def _scan(
     absolute = tl.sum(total)
     redo = 0
     if not CAREFUL:
-        if absolute < float("inf"):
-            redo = 0
-        else:
-            redo = 1
+        redo = 1 - (absolute < float("inf")).to(tl.int32)
     if redo == 0:
         moments = (err2, ref2, cand2, dot)
         extremes = (ref_low, ref_high, cand_low, cand_high, padded)
@@ -282,7 +279,30 @@ def compare(
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, SHUFFLE: tl.constexpr, NT: tl.constexpr,
     V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """TODO"""
+    """Compares two matrices, part by part; a program goes down one strip.
+
+    Args:
+        ref, cand: integers of the size of an element, with their steps in elements (outer ones in units of 16 if
+            `ALIGNED`) and the values of all bytes (see `TABLE`).
+        mask, plain: a byte for each row, and for each `depth` rows, whether all are valid; only if `MASKED`.
+        heads, tokens, channels: sizes; `channels` in units of 16 if `ALIGNED` and heads do not follow each other.
+        row0, row_end, first_column, column_end: the part; its first column in units of 32.
+        depth: rows of a program.
+        histogram: `[2048]`, added to.
+        token_dropped, channel_dropped, head_dropped: what was not compared of each entry, added to; an entry has
+            `..._group` members.
+        row_sums: `[warps of all strips, rows, 4]`: sums of (c - r)^2, r^2, c^2 and r c.
+        column_sums: `[blocks of rows, columns, 4]`.
+        floats, integers: `[programs, FLOATS]` and `[programs, INTEGERS]`, those of this part from `number0` on.
+        REF, CAND: how values are stored.
+        WIDE: values need float64.
+        SAME: both sides are of one dtype.
+        FLAT: four flags: rows, then columns, of either side are in equal steps.
+        ALIGNED: both sides can be read 16 bytes at a time.
+        SHUFFLE: see `store_rows`.
+        NT: threads; V: columns of each, 2^LOG; BR: rows worked on at a time, 2^LOG_BR.
+        BITS: of a word that exponents are counted in.
+    """
     number = tl.program_id(0)
     BC: tl.constexpr = NT * V
     column0 = first_column * 32

@@ -1,7 +1,7 @@
 """The GPU kernel against the definitions and against the CPU's.
 
-Where there is no device, Triton's interpreter runs the kernel on tensors of the CPU (`TRITON_INTERPRET`, set in
-conftest.py): all but speed, the exchange of sums between threads and memory, which tests marked `gpu` look at.
+Where there is no device, Triton's interpreter runs the kernel on tensors of the CPU (`TRITON_INTERPRET`, set
+in conftest.py): all but the exchange of sums between threads, and memory, which tests marked `gpu` look at.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import divergence.comparison
 from divergence.comparison import compare_tensors, cpu
 from divergence.comparison.metrics import Metrics, reference_metrics
 from divergence.errors import AlignmentError
@@ -29,6 +28,9 @@ from divergence.comparison import gpu
 from divergence.comparison.gpu import Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# The interpreter takes half a second a call, and a device compiles for every pair of dtypes and layouts.
+FEW = settings(SETTINGS, max_examples=20)
 
 # numpy, which the interpreter computes with, warns where NaN and infinities come up.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -62,16 +64,16 @@ def assert_true(metrics: Metrics, truth: Metrics) -> None:
     np.testing.assert_array_equal(metrics.error_exponents, truth.error_exponents)
 
 
-@settings(SETTINGS, max_examples=12)
+@FEW
 @given(cases(), TILINGS, st.sampled_from((2, 5, 1 << 18)), st.sampled_from((0, 1 << 12, 1 << 20)))
 def test_it_agrees_with_the_definitions(case: Case, tiling: Tiling, entries: int, memory: int) -> None:
-    """Shapes, dtypes, strides, masks and non-finite values, whatever the tiling, the pooling and the memory."""
+    """Shapes, dtypes, strides, masks and non-finite values, whatever tiling, pooling and memory."""
     options = {"axes": case.axes, "mask": case.mask, "entries": entries}
     found = compare(case.ref, case.cand, tiling=tiling, memory=(memory, memory), **options)
     assert_true(found, reference_metrics(case.ref, case.cand, **options))  # type: ignore[arg-type]
 
 
-@settings(SETTINGS, max_examples=6)
+@FEW
 @given(cases())
 def test_it_agrees_with_the_cpu(case: Case) -> None:
     """With the tiling that shape and dtypes get."""
@@ -79,7 +81,12 @@ def test_it_agrees_with_the_cpu(case: Case) -> None:
     assert_true(found, cpu.compare(case.ref, case.cand, axes=case.axes, mask=case.mask))
 
 
-@pytest.mark.parametrize("pair", list(itertools.product(DTYPES, repeat=2)), ids=lambda p: f"{p[0]}-{p[1]}")
+PAIRS = sorted(
+    {(a, b) for a, b in itertools.product(DTYPES, repeat=2) if torch.float32 in {a, b} or a == b}, key=str
+)
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0]}-{p[1]}")
 def test_every_pair_of_dtypes(pair: tuple[torch.dtype, torch.dtype]) -> None:
     """Whole strips, one that is cut off, and a masked row."""
     ref, cand = ((3 * t).to(dtype) for t, dtype in zip(noisy(2, 5, 300), pair, strict=True))
@@ -202,3 +209,41 @@ def test_what_cannot_be_compared_is_an_error() -> None:
     values = torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     with pytest.raises(AlignmentError, match="float4_e2m1fn_x2; convert"):
         compare(values, values)
+
+
+def test_the_cpu_compares_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the GPU nothing that it does not have."""
+    monkeypatch.setattr(gpu, "compare", None)
+    assert compare_tensors(torch.ones(3), np.ones(3)).max_abs == 0
+
+
+@pytest.mark.gpu
+def test_the_gpu_compares_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the CPU's kernel."""
+    monkeypatch.setattr(cpu, "compare", None)
+    ref, cand = noisy(1, 970, 2048)
+    found = compare_tensors(ref.cuda(), cand.cuda())
+    monkeypatch.undo()
+    assert_true(found, reference_metrics(ref, cand))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("shape", [(2, 8, 256, 128), (1, 300000, 64), (3, 800000), (1, 33, 1007)])
+def test_large_tensors_in_several_programs(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """In several launches, pooled, and with rows that are not aligned; the same bits each time."""
+    ref, cand = ((20 * t).to(dtype) for t in noisy(*shape))
+    found = compare(ref, cand)
+    assert_true(found, reference_metrics(ref, cand))
+    assert_same_bits(compare(ref, cand), found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 1 << 18, 1024), (1, 32, 2048, 4096), (1 << 28,)])
+def test_memory_beside_the_tensors_stays_under_64_mib(shape: tuple[int, ...]) -> None:
+    """Whatever the tensor: a float64 copy would be 2 GiB."""
+    ref = torch.ones(shape, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    compare_tensors(ref, ref)
+    assert torch.cuda.max_memory_allocated() - before < 64 << 20
