@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from divergence.captures import CaptureWriter, open_capture
+from divergence.captures import open_capture
 from divergence.probes import Observation, RunFacts
+from divergence.recording import CaptureWriter
 from divergence.sites import Site
 
 MIB = 1 << 20

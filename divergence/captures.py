@@ -1,27 +1,25 @@
-"""Captures: the tensors of one run on disk, with where they came from.
+"""Captures: the tensors of one run, with where they came from.
 
 A capture is a folder: `manifest.json` and safetensors shards. It is written as the run goes into
 `NAME.partial` beside its destination, and renamed when complete, so that a folder of the
-capture's own name is always a whole one and an interrupted one is recognised.
+capture's own name is always a whole one and an interrupted one is recognised. `divergence.recording`
+writes captures; those that are not to be kept stay in memory as far as they fit.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from divergence.errors import CaptureError, ConfigurationError, one_line
-from divergence.precision import dtype_name
-from divergence.probes import Observation, RunFacts
-from divergence.sites import Site, in_execution_order
+from divergence.probes import RunFacts
+from divergence.shards import Shard, Span
+from divergence.sites import Site
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +27,14 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-REPLACED = ".replaced"
 MASK_PREFIX = "mask:"
-SHARD_BYTES = 64 << 20
 WORD = 8
 """Size of what `fingerprint` combines, in bytes."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a capture, as its manifest describes it."""
+    """One tensor of a capture, as its manifest describes it; `file` is "" where it is in memory."""
 
     site: Site
     file: str
@@ -50,14 +46,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Capture:
-    """A finished capture, opened for reading. Tensors are memory-mapped when asked for.
+    """A finished capture, opened for reading. Tensors on disk are memory-mapped when asked for.
 
     Attributes:
-        path: the folder.
+        path: the folder; there is none where all tensors are in memory.
         facts: what the run was.
         inputs_digest: digest of the inputs it ran on (`divergence.inputs.digest`).
         entries: the tensors by site, in execution order.
-        masks: names of the token masks stored (`""` for the default, else by stack).
+        masks: files of the token masks (`""` for the default, else by stack).
+        held: the tensors and masks in memory, by name.
     """
 
     path: Path
@@ -65,8 +62,9 @@ class Capture:
     inputs_digest: str
     entries: Mapping[Site, Entry]
     masks: Mapping[str, str]
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     # The shard that was read last, kept open: neighbours lie in it, and opening it costs more than they.
-    _last: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _last: dict[str, Shard] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -74,7 +72,7 @@ class Capture:
         return tuple(self.entries)
 
     def tensor(self, site: Site) -> torch.Tensor:
-        """The tensor at `site`, memory-mapped.
+        """The tensor at `site`, in memory or memory-mapped. Nothing may be written into it.
 
         Raises:
             CaptureError: the shard cannot be read.
@@ -89,28 +87,47 @@ class Capture:
             return None
         return self._read(self.masks[name], MASK_PREFIX + name)
 
-    def _read(self, file: str, name: str) -> torch.Tensor:
-        from safetensors import SafetensorError, safe_open
+    def span(self, site: Site) -> Span | None:
+        """Where the tensor at `site` lies on disk, or None where it is in memory.
 
-        try:
-            shard = self._last.get(file)
-            if shard is None:
-                self._last.clear()
-                shard = self._last[file] = safe_open(self.path / file, framework="pt")
-            tensor: torch.Tensor = shard.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CaptureError(
-                f"{self.path / file}: cannot read '{name}' ({one_line(error)}); record the capture again"
-            ) from error
-        return tensor
+        Raises:
+            CaptureError: the shard cannot be read.
+        """
+        file, name = self.entries[site].file, str(site)
+        return None if name in self.held else self._shard(file, name).span(name)
+
+    def _read(self, file: str, name: str) -> torch.Tensor:
+        held = self.held.get(name)
+        return self._shard(file, name).tensor(name) if held is None else held
+
+    def _shard(self, file: str, name: str) -> Shard:
+        """The shard that holds `name`."""
+        shard = self._last.get(file)
+        if shard is None:
+            try:
+                shard = Shard(self.path / file)
+                shard.span(name)
+            except (OSError, ValueError, KeyError, TypeError, ConfigurationError) as error:
+                raise CaptureError(
+                    f"{self.path / file}: cannot read '{name}' ({one_line(error)}); record the capture again"
+                ) from error
+            self._last.clear()
+            self._last[file] = shard
+        return shard
 
 
 def open_capture(path: str | os.PathLike[str]) -> Capture:
-    """Opens a finished capture.
+    """Opens a finished capture, on the disk or at a URL (`divergence.storage`).
 
     Raises:
         CaptureError: there is none, it was interrupted, is empty, damaged, or of another schema.
+        StorageError: the URL cannot be read.
     """
+    if isinstance(path, str) and "://" in path:
+        from divergence.storage import located, open_remote
+
+        place = located(path)
+        return open_remote(place) if isinstance(place, str) else open_capture(place)
     folder = Path(path)
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -175,176 +192,42 @@ def _from_manifest(folder: Path, content: Mapping[str, Any]) -> Capture:
     return Capture(folder, RunFacts(**facts), content["inputs_digest"], entries, dict(content["masks"]))
 
 
-class CaptureWriter:
-    """Writes a capture as the run goes; holds at most one shard in memory.
-
-    Use as a context manager and call `close` inside it. Leaving it without `close` (an exception,
-    a kill) leaves `NAME.partial` behind only if the process itself died; an exception removes it.
-
-    Args:
-        path: folder to make. An existing capture there is replaced when the new one is complete.
-        shard_bytes: size at which a shard is written out, in bytes.
-
-    Raises:
-        CaptureError: the folder cannot be made, or exists and is no capture.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], *, shard_bytes: int = SHARD_BYTES) -> None:
-        self.path = Path(path)
-        self._partial = partial_of(self.path)
-        self._shard_bytes = shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._entries: dict[Site, Entry] = {}
-        self._files: dict[str, int] = {}
-        self._masks: dict[str, str] = {}
-        self._closed = False
-        if (
-            self.path.exists()
-            and not (self.path / MANIFEST).is_file()
-            and (not self.path.is_dir() or any(self.path.iterdir()))
-        ):
-            raise CaptureError(f"{self.path}: exists and is not a capture; choose another --out")
-        try:
-            if self._partial.exists():
-                shutil.rmtree(self._partial)
-            self._partial.mkdir(parents=True)
-        except OSError as error:
-            raise CaptureError(f"{self._partial}: cannot be made ({one_line(error)})") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._closed:
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def __call__(self, observation: Observation) -> None:
-        """Takes one observation (a `divergence.probes.Sink`); a later one of the same site
-        replaces the earlier.
-
-        Raises:
-            CaptureError: the disk is full.
-        """
-        site = observation.site
-        self._store(str(site), observation.tensor)
-        tensor = observation.tensor
-        self._entries[site] = Entry(
-            site,
-            self._shard_name(),
-            dtype_name(tensor.dtype),
-            tuple(tensor.shape),
-            observation.axes,
-            observation.found,
-        )
-        self._flush_if_full()
-
-    def add_mask(self, stack: str, mask: torch.Tensor) -> None:
-        """Stores the valid-token mask `[batch, token]` (bool) of `stack`, `""` for all others."""
-        self._store(MASK_PREFIX + stack, mask)
-        self._masks[stack] = self._shard_name()
-        self._flush_if_full()
-
-    def close(self, facts: RunFacts, inputs_digest: str) -> Capture:
-        """Writes what is pending and the manifest, and moves the capture to its place.
-
-        Raises:
-            CaptureError: the disk is full, or the run produced no site.
-        """
-        if not self._entries:
-            raise CaptureError(f"{self.path}: the run produced no sites, so there is nothing to capture")
-        self._flush()
-        ordered = in_execution_order(self._entries, facts.stacks)
-        content = {
-            "schema": SCHEMA,
-            "facts": asdict(facts),
-            "inputs_digest": inputs_digest,
-            "sites": [{**asdict(self._entries[s]), "site": str(s)} for s in ordered],
-            "masks": self._masks,
-            "files": self._files,
-        }
-        try:
-            with open(self._partial / MANIFEST, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            self._replace()
-        except OSError as error:
-            raise self._failed(error) from error
-        self._closed = True
-        return open_capture(self.path)
-
-    def _replace(self) -> None:
-        # The old capture is moved, not deleted, first: a name is missing for two renames only.
-        old = self.path.with_name(self.path.name + REPLACED)
-        shutil.rmtree(old, ignore_errors=True)
-        if self.path.exists():
-            self.path.replace(old)
-        self._partial.replace(self.path)
-        shutil.rmtree(old, ignore_errors=True)
-
-    def _shard_name(self) -> str:
-        return f"shard-{len(self._files):04d}.safetensors"
-
-    def _store(self, name: str, tensor: torch.Tensor) -> None:
-        # A copy in any case: the observed storage may be written again by the run.
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += tensor.numel() * tensor.element_size()
-
-    def _flush_if_full(self) -> None:
-        if self._pending_bytes >= self._shard_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        if not self._pending:
-            return
-        name = self._shard_name()
-        try:
-            save_file(self._pending, self._partial / name)
-        except (OSError, SafetensorError) as error:
-            raise self._failed(error) from error
-        self._files[name] = (self._partial / name).stat().st_size
-        self._pending = {}
-        self._pending_bytes = 0
-
-    def _failed(self, error: Exception) -> CaptureError:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        where = self._partial.parent
-        if full:
-            free = shutil.disk_usage(where).free
-            return CaptureError(
-                f"{where}: the disk is full while capturing ({free >> 20} MiB free, "
-                f"{len(self._entries)} sites so far); free some space or set TMPDIR or --out elsewhere"
-            )
-        return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
-
-
 def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Digest of a model from its named parameters: names, shapes, dtypes and contents.
 
     Contents enter by the xor of all their 64-bit words, which any one change alters, and by up to 64
-    evenly spaced elements, which tell a permutation from the original; reading is the only cost.
+    evenly spaced elements, which tell a permutation from the original; reading is the only cost. What
+    lies on a device is fetched from there once, in the end.
     """
     import torch
 
-    digest = hashlib.sha256()
+    digested: list[tuple[str, list[torch.Tensor]]] = []
     for name, tensor in named:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        if not tensor.numel() or tensor.device.type == "meta":
-            continue
-        flat = tensor.detach().reshape(-1).contiguous()
-        octets = flat.view(torch.uint8)
-        if octets.storage_offset() % WORD:  # cannot be seen as words in place
-            octets = octets.clone()
-        words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-        parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
-        if words.numel():
-            parts.append(torch.hash_tensor(words))
+        header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
+        empty = not tensor.numel() or tensor.device.type == "meta"
+        digested.append((header, [] if empty else _digests(tensor.detach())))
+    fetched: dict[torch.device, Iterator[torch.Tensor]] = {}
+    for device in {part.device for _, parts in digested for part in parts}:
+        there = [part for _, parts in digested for part in parts if part.device == device]
+        fetched[device] = iter(torch.cat(there).cpu().split([part.numel() for part in there]))
+    digest = hashlib.sha256()
+    for header, parts in digested:
+        digest.update(header.encode())
         for part in parts:
-            digest.update(part.reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+            digest.update(next(fetched[part.device]).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What of the contents of a tensor enters its model's digest, as bytes of their own on its device."""
+    import torch
+
+    flat = tensor.reshape(-1).contiguous()
+    octets = flat.view(torch.uint8)
+    if octets.storage_offset() % WORD:  # cannot be seen as words in place
+        octets = octets.clone()
+    words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
+    parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
+    if words.numel():
+        parts.append(torch.hash_tensor(words))
+    return [part.reshape(-1).clone().view(torch.uint8) for part in parts]

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from divergence.probes.pytorch.observer import wrapped
+from divergence.probes.pytorch.placement import brought_in
 
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 """Precisions in which tensors are stored, by name; the others only change what enters products."""
@@ -62,6 +63,7 @@ def reduced(layers: Sequence[nn.Module], precision: str, rest: nn.Module | None 
             if rest is not None:
                 inside = {id(m) for layer in layers for m in layer.modules()}
                 outside = [m for m in rest.modules() if id(m) not in inside]
+                active.enter_context(brought_in(outside))
                 active.enter_context(_converted(outside, convert))
             for layer in dict.fromkeys(layers):
                 active.enter_context(wrapped(layer, _in_precision(layer, convert, precision)))
@@ -105,7 +107,7 @@ def _in_precision(
     modules = list(layer.modules())
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with _converted(modules, convert):
+        with brought_in(modules), _converted(modules, convert):
             return forward(*cast(args, precision), **cast(kwargs, precision))
 
     return call

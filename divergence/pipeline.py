@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,19 +12,23 @@ from typing import TYPE_CHECKING, Literal
 from divergence.alignment import Alignment, Pair, align
 from divergence.assembly import environment, site_result
 from divergence.captures import Capture
+from divergence.comparing import Meanwhile, compare_pair, compare_pairs
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
+from divergence.masks import valid_tokens
 from divergence.noise import Floor
 from divergence.precision import check_precision
-from divergence.prepared import Reference, compare_pair, floors_of, prepared, valid_tokens
+from divergence.prepared import Reference, floors_of, prepared
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
 from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
+from divergence.room import make_room
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
+from divergence.storage import recorded
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
 
 if TYPE_CHECKING:
@@ -74,7 +79,7 @@ def compare(
             errors alone settle that the candidate passes.
         floor: a source whose error against the reference is the noise floor, where the reference is no
             PyTorch module that could be run in the candidate's precision.
-        memory: bytes of an ONNX model's tensors to hold at a time.
+        memory: bytes of host memory for tensors; what does not fit goes to disk (docs/memory.md).
         engine: how TensorRT engines are run.
         keep: folder to keep both captures in.
         config: the configuration; by default the one found in the current folder.
@@ -132,7 +137,7 @@ def capture(
 
     Args:
         source, inputs, detail, memory, engine, config, progress: as for `compare`.
-        path: folder to make; an existing capture there is replaced when the new one is complete.
+        path: folder to make, or its URL; an existing capture there is replaced when the new one is complete.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
 
     Raises:
@@ -141,7 +146,7 @@ def capture(
     config = load_config() if config is None else config
     tensors = read_inputs(inputs, config)
     probe = open_source(source, config, reference=reference, memory=memory, engine=engine)
-    return record(probe, tensors, Path(path), detail=detail, progress=progress)
+    return recorded(path, lambda folder: record(probe, tensors, folder, detail=detail, progress=progress))
 
 
 def timed(result: Comparison, started: float) -> Comparison:
@@ -183,9 +188,24 @@ class Job:
             DivergenceError: the question cannot be answered.
         """
         pytorch, exclude = self.prepared.pytorch, self.setting.exclude
+        released = pytorch is not None and make_room(pytorch, cand, self.config)
+        if released:
+            self.notes.append(
+                "reference and candidate do not fit into memory together: the reference's weights were "
+                "released for the candidate's run"
+            )
         probe = self.setting.open(cand, self.reference)
-        self._floors_meanwhile(pytorch, probe)
-        self.candidate = self.setting.record(probe, self.name)
+        if not released:
+            self._floors_meanwhile(pytorch, probe)
+        with Meanwhile(self.reference, exclude) as meanwhile:
+            self.candidate = self.setting.record(probe, self.name, meanwhile)
+            del probe  # with its weights: the reference's may be needed again
+            if released:
+                gc.collect()
+            return self._compared(cand, pytorch, meanwhile)
+
+    def _compared(self, cand: object, pytorch: PyTorchProbe | None, meanwhile: Meanwhile) -> Comparison:
+        exclude = self.setting.exclude
         settings = self.config.sources.get(str(cand)) if isinstance(cand, str | Path) else None
         self.alignment: Alignment = align(
             self.reference.entries,
@@ -209,7 +229,9 @@ class Job:
         )
         self.notes += unequal
         self.pairs = {pair.reference: pair for pair in pairs}
-        self.metrics = metrics = {site: self._metrics(pair) for site, pair in self.pairs.items()}
+        self.metrics = metrics = compare_pairs(
+            pairs, self.reference, self.candidate, memory=self.options.memory, meanwhile=meanwhile
+        )
         precision, precision_from = self._precision()
         floors: Mapping[Site, Floor] = {}
         floor_from = ""

@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from divergence.alignment import Pair, align
-from divergence.comparison import compare_tensors
+from divergence.alignment import align
+from divergence.comparing import compare_pair
 from divergence.config import Config, Tolerance
 from divergence.errors import ConfigurationError
+from divergence.masks import valid_tokens
 from divergence.noise import Floor, emulated, measure
 from divergence.probes import Progress
 from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
@@ -19,10 +20,7 @@ from divergence.sources import open_source
 from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from divergence.captures import Capture
-    from divergence.comparison.metrics import Metrics
     from divergence.probes import Probe
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.reference_cache import ReferenceCache
@@ -79,6 +77,7 @@ def prepared(
             progress,
             early,
             references=references,
+            keep=keep is not None,
         )
         with one_core_spared(early):
             reference = prepare(ref, setting)
@@ -97,7 +96,8 @@ def prepare(ref: object, setting: Setting) -> Reference:
         known = setting.references.prepare(pytorch, setting)
         if known is not None:
             return known
-    capture = setting.record(probe, "reference", **({"record": True} if pytorch else {}))
+    for_replay: dict[str, Any] = {"record": True} if pytorch else {}
+    capture = setting.record(probe, "reference", **for_replay)
     return Reference(capture, pytorch)
 
 
@@ -138,7 +138,7 @@ def _measured(reference: Reference, precision: str, setting: Setting) -> tuple[M
 
 def _given(reference: Reference, precision: str, setting: Setting) -> tuple[Mapping[Site, Floor], str]:
     capture, options = reference.capture, setting.options
-    probe = open_source(options.floor, setting.config, reference=capture, memory=options.memory)
+    probe = open_source(options.floor, setting.config, reference=capture, memory=options.under_way)
     taken = setting.record(probe, "floor")
     floors = {
         pair.reference: Floor.of(compare_pair(pair, capture, taken), precision)
@@ -147,42 +147,9 @@ def _given(reference: Reference, precision: str, setting: Setting) -> tuple[Mapp
     return floors, f"given: {taken.facts.source}"
 
 
-def compare_pair(pair: Pair, reference: Capture, candidate: Capture) -> Metrics:
-    """The candidate's tensor of `pair`, in the reference's layout, against the reference's."""
-    site = pair.reference
-    ref = reference.tensor(site)
-    cand = pair.layout.apply(candidate.tensor(pair.candidate))
-    axes = reference.entries[site].axes
-    return compare_tensors(ref, cand, axes=axes, mask=valid_tokens(reference, site, ref))
-
-
 def as_pytorch(probe: Probe) -> PyTorchProbe | None:
     """The PyTorch probe that `probe` is or wraps, or None."""
     from divergence.probes.pytorch import PyTorchProbe
 
     inner = getattr(probe, "probe", probe)
     return inner if isinstance(inner, PyTorchProbe) else None
-
-
-def valid_tokens(capture: Capture, site: Site, tensor: Tensor) -> Tensor | None:
-    """The mask `[batch, token]` of valid tokens for `tensor` at `site`, or None where all count.
-
-    A mask that covers cached tokens too ends with the tensor's own; one of another length belongs to
-    something else and does not apply.
-    """
-    entry = capture.entries.get(site)
-    if entry is None or "token" not in entry.axes:
-        # Model outputs: [batch, token, channel] by convention, if the mask fits.
-        axis = 1 if site.layer is None and tensor.dim() == 3 else None
-    else:
-        axis = entry.axes.index("token")
-    if axis is None:
-        return None
-    stack = site.stack
-    if site.tensor.startswith("cross_"):
-        stack = next((name for name in capture.masks if "encoder" in name), "")
-    mask = capture.mask(stack)
-    tokens = tensor.shape[axis]
-    if mask is None or mask.shape[0] != tensor.shape[0] or mask.shape[1] < tokens:
-        return None
-    return mask[:, mask.shape[1] - tokens :]

@@ -31,7 +31,8 @@ from divergence.probes.pytorch.observer import (
     with_first_tensor,
     wrapped,
 )
-from divergence.probes.pytorch.probe import device_of, evaluating, output_leaves
+from divergence.probes.pytorch.placement import device_of
+from divergence.probes.pytorch.probe import evaluating, output_leaves
 from divergence.sites import Site
 
 if TYPE_CHECKING:
@@ -143,7 +144,10 @@ class Replayer:
             hidden = starts.get((call.stack, call.call), call.first_input)
         else:
             hidden = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
-        return None if hidden is None else hidden.to(self._device, self._dtype)
+        if hidden is None:
+            return None
+        # A copy: a layer may write into its input, and captures are read again.
+        return hidden.to(call.device_in or self._device, self._dtype, copy=True)
 
     def run_layer(
         self,
@@ -191,7 +195,7 @@ class Replayer:
         for tensor in ("key", "value"):
             past = self._candidate(Site(call.layer, tensor, call.stack, call.call - 1))
             if past is not None:
-                put_cached(caches_in(args, kwargs), call.layer, tensor, past.to(self._device, self._dtype))
+                put_cached(caches_in(args, kwargs), call.layer, tensor, past.to(self._dtype))
 
     def _outside(self, notes: list[str]) -> tuple[dict[tuple[str, int], Tensor], dict[Site, Introduced]]:
         """Runs the model around its layers: the input of every stack's first layer, and the model's
@@ -268,7 +272,7 @@ class Replayer:
                 hidden = self._reference(site) if hidden is None else hidden
                 if hidden is None:
                     raise LookupError(f"no hidden state at {site}")
-                hidden = hidden.to(self._device, self._dtype)
+                hidden = hidden.to(record.device_out or self._device, self._dtype, copy=True)
                 hidden = hidden if run_in is None else cast(hidden, run_in)
                 if seen is not None:
                     seen(hidden)

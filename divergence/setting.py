@@ -7,13 +7,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from divergence.captures import Capture, CaptureWriter
+from divergence.budget import Budget
+from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import InputError
 from divergence.inputs import digest, load_inputs, token_masks
 from divergence.probes import Probe, Progress
+from divergence.probes.recorded import RecordedProbe
+from divergence.recording import Arrived, CaptureWriter
+from divergence.room import fits_twice
 from divergence.sources import is_runtime_file, open_source
 
 if TYPE_CHECKING:
@@ -39,6 +44,11 @@ class Options:
     diagnose: bool = True
     repro: Path | None = None
 
+    @property
+    def under_way(self) -> int:
+        """The part of `memory` for tensors that are under way, in bytes."""
+        return Budget(self.memory).under_way
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -49,6 +59,8 @@ class Setting:
         folder: where captures are made.
         early: probes that were opened before the reference ran, by source (`getting_ready`).
         references: those that ran in earlier comparisons, or None to run every one anew.
+        keep: make whole captures in `folder`; otherwise it takes only what does not fit into memory.
+        budget: memory for tensors, shared by all runs.
     """
 
     config: Config
@@ -60,6 +72,11 @@ class Setting:
     progress: Progress
     early: dict[str, Future[Probe]] = field(default_factory=dict)
     references: ReferenceCache | None = None
+    keep: bool = False
+    budget: Budget = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "budget", Budget(self.options.memory))
 
     def open(self, source: object, reference: Capture) -> Probe:
         """The probe of a candidate.
@@ -73,7 +90,7 @@ class Setting:
             ready.result()
             if ready is not None
             else open_source(
-                source, self.config, reference=reference, memory=options.memory, engine=options.engine
+                source, self.config, reference=reference, memory=options.under_way, engine=options.engine
             )
         )
         inner = _inner(probe)
@@ -81,10 +98,28 @@ class Setting:
             inner.refer(reference)  # it may have been opened before the reference ran
         return probe
 
-    def record(self, probe: Probe, name: str, **run: Any) -> Capture:
-        """Runs `probe` into the capture called `name`."""
-        path = self.folder / f"{name}.capture"
-        return record(probe, self.inputs, path, detail=self.options.detail, progress=self.progress, **run)
+    def record(self, probe: Probe, name: str, arrived: Arrived | None = None, **run: Any) -> Capture:
+        """Runs `probe` into the capture called `name`; one that was recorded before is used as it is.
+
+        Args:
+            probe: what to run.
+            name: of the capture.
+            arrived: told of tensors that stay in memory.
+            run: further arguments of the probe's `run`.
+        """
+        detail = self.options.detail
+        if isinstance(probe, RecordedProbe) and not self.keep:
+            return probe.recorded(self.inputs, detail=detail)
+        return record(
+            probe,
+            self.inputs,
+            self.folder / f"{name}.capture",
+            detail=detail,
+            progress=self.progress,
+            budget=None if self.keep else self.budget,
+            arrived=arrived,
+            **run,
+        )
 
 
 @contextlib.contextmanager
@@ -99,17 +134,30 @@ def getting_ready(
         with it is raised by whoever takes it.
     """
     early: dict[str, Future[Probe]] = {}
+    kernel = Thread(target=_load_kernel, name="load-kernel", daemon=True)
+    kernel.start()
     files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
-    if files:
+    if files and fits_twice(files[0], config):
         pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
         early[str(files[0])] = pool.submit(_ready, files[0], config, options)
         pool.shutdown(wait=False)
     try:
         yield early
     finally:
+        kernel.join()
         for future in early.values():
             if not future.cancel() and future.exception() is None:
                 getattr(_inner(future.result()), "close", lambda: None)()
+
+
+def _load_kernel() -> None:
+    """Loads the compiled comparison, which takes half a second, before the first tensor waits for it."""
+    import numpy as np
+
+    from divergence.comparison import compare_tensors
+
+    with contextlib.suppress(Exception):  # whoever compares first is told
+        compare_tensors(np.zeros(1, np.float32), np.ones(1, np.float32))
 
 
 @contextlib.contextmanager
@@ -130,7 +178,7 @@ def one_core_spared(early: Mapping[str, Future[Probe]]) -> Iterator[None]:
 
 
 def _ready(source: str | Path, config: Config, options: Options) -> Probe:
-    probe = open_source(source, config, memory=options.memory, engine=options.engine)
+    probe = open_source(source, config, memory=options.under_way, engine=options.engine)
     inner = _inner(probe)
     if isinstance(inner, Startable):
         inner.start(detail=options.detail)
@@ -169,10 +217,18 @@ def read_inputs(inputs: Inputs | str | None, config: Config) -> Inputs:
 
 
 def record(
-    probe: Probe, inputs: Inputs, path: Path, *, detail: bool, progress: Progress, **run: Any
+    probe: Probe,
+    inputs: Inputs,
+    path: Path,
+    *,
+    detail: bool,
+    progress: Progress,
+    budget: Budget | None = None,
+    arrived: Arrived | None = None,
+    **run: Any,
 ) -> Capture:
-    """Runs `probe` into a capture at `path`."""
-    with CaptureWriter(path) as writer:
+    """Runs `probe` into a capture at `path`, or into memory (`divergence.recording.CaptureWriter`)."""
+    with CaptureWriter(path, budget=budget, arrived=arrived) as writer:
         facts = probe.run(inputs, writer, detail=detail, progress=progress, **run)
         for stack, mask in token_masks(inputs, facts.stacks).items():
             writer.add_mask(stack, mask)

@@ -33,7 +33,8 @@ def open_source(
 
     Args:
         source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file, a
-            TensorRT engine or a capture, a name from the configuration, a `torch.nn.Module`, or a probe.
+            TensorRT engine or a capture, a capture's URL, a name from the configuration, a `torch.nn.Module`,
+            or a probe.
         config: the configuration that names refer to.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
         memory: bytes that an ONNX model's exposed tensors may take at a time.
@@ -63,6 +64,20 @@ def open_source(
     )
 
 
+def settings_of(source: object, config: Config) -> SourceConfig | None:
+    """What the configuration says of a source that is a name, or what its name says; None for objects and
+    for names that say nothing."""
+    if not isinstance(source, str | Path):
+        return None
+    known = config.sources.get(str(source))
+    if known is not None:
+        return known
+    try:
+        return _from_text(str(source), config)
+    except (ConfigurationError, SourceError):
+        return None
+
+
 def is_runtime_file(source: str | Path, config: Config) -> bool:
     """Whether `source` names an ONNX file or a TensorRT engine, which take a while to load."""
     settings = config.sources.get(str(source))
@@ -79,7 +94,8 @@ def _from_text(name: str, config: Config) -> SourceConfig:
             "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
         )
     path = Path(name)
-    if path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or partial_of(path).exists():
+    known = (".onnx", *ENGINE_SUFFIXES, ".capture")
+    if "://" in name or path.suffix in known or path.exists() or partial_of(path).exists():
         return SourceConfig(path=name)
     raise SourceError(
         f"{name}: no such file, and no source of that name in the configuration"
@@ -99,6 +115,8 @@ def _open(
         return _pytorch(name, settings, config)
     if settings.path is None:
         raise ConfigurationError(f"source '{name}': give it a model or a path")
+    if "://" in settings.path:
+        return _remote(name, settings, config, reference, memory, engine)
     path = Path(settings.path)
     if path.suffix in ENGINE_SUFFIXES:
         from divergence.probes.tensorrt.probe import TensorRTProbe
@@ -120,6 +138,27 @@ def _open(
     )
 
 
+def _remote(
+    name: str,
+    settings: SourceConfig,
+    config: Config,
+    reference: Capture | None,
+    memory: int,
+    engine: EngineOptions | None,
+) -> Probe:
+    """What lies at a URL: a capture, or, of `file://`, anything."""
+    from divergence.probes.recorded import RecordedProbe
+    from divergence.storage import located
+
+    assert settings.path is not None
+    place = located(settings.path)
+    if isinstance(place, Path):
+        return _open(name, replace(settings, path=str(place)), config, reference, memory, engine)
+    if Path(place).suffix in (".onnx", *ENGINE_SUFFIXES):
+        raise SourceError(f"{place}: only captures and inputs are read from a URL; copy the model here")
+    return RecordedProbe(place)
+
+
 def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> EngineOptions:
     """What the command line gives, else the configuration; plugins of both."""
     from divergence.probes.tensorrt.options import EngineOptions
@@ -130,6 +169,8 @@ def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> Engi
 
 
 def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
+    from torch import nn
+
     from divergence.inputs import describe_exception, import_callable
     from divergence.precision import torch_dtype
     from divergence.probes.pytorch import PyTorchProbe
@@ -137,21 +178,24 @@ def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
     assert settings.model is not None
     function = import_callable(settings.model, config.base)
     file = getattr(getattr(function, "__code__", None), "co_filename", None)
-    try:
-        model: Any = function()
-    except (Exception, SystemExit) as error:
-        raise SourceError(
-            f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
-            "loads the model"
-        ) from error
-    probe = PyTorchProbe(model, name, {ours: theirs for theirs, ours in settings.inputs.items()})
-    if settings.dtype is not None:
-        dtype = torch_dtype(settings.dtype)
-        # Parameters only: rounding buffers such as inv_freq would plant a fault.
-        for parameter in probe.model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-    return probe
+
+    def load() -> Any:
+        try:
+            model: Any = function()
+        except (Exception, SystemExit) as error:
+            raise SourceError(
+                f"{name}: {settings.model} raised {describe_exception(error, file)}; mend the function that "
+                "loads the model"
+            ) from error
+        if settings.dtype is not None and isinstance(model, nn.Module):
+            dtype = torch_dtype(settings.dtype)
+            # Parameters only: rounding buffers such as inv_freq would plant a fault.
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(dtype)
+        return model
+
+    return PyTorchProbe(load(), name, {ours: theirs for theirs, ours in settings.inputs.items()}, load=load)
 
 
 class Renamed:

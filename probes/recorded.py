@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from divergence.captures import Capture, open_capture
@@ -20,7 +21,7 @@ class RecordedProbe:
     """Yields what a capture holds.
 
     Args:
-        path: folder of the capture.
+        path: folder of the capture, or its URL.
 
     Attributes:
         capture: the capture, with its token masks.
@@ -31,6 +32,7 @@ class RecordedProbe:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.capture: Capture = open_capture(path)
+        self._where = str(path)
 
     @property
     def kind(self) -> str:
@@ -41,7 +43,7 @@ class RecordedProbe:
         """The sites of the capture, as the probe that recorded it found them."""
         facts = self.capture.facts
         return Description(
-            source=str(self.capture.path),
+            source=self._where,
             kind=self.kind,
             precision=facts.precision,
             sites=tuple(
@@ -76,15 +78,23 @@ class RecordedProbe:
             CaptureError: a shard cannot be read.
             InputError: the capture ran on other inputs.
         """
+        capture = self.recorded(inputs, detail=detail)
+        for done, (site, entry) in enumerate(capture.entries.items(), 1):
+            sink(Observation(site, capture.tensor(site).clone(), entry.axes, entry.found))
+            progress("reading the capture", done, len(capture.entries))
+        return capture.facts
+
+    def recorded(self, inputs: Mapping[str, torch.Tensor], *, detail: bool = False) -> Capture:
+        """The capture as it lies on disk, with or without the sites of `divergence.sites.DETAIL_TENSORS`.
+
+        Raises:
+            InputError: it ran on other inputs.
+        """
         capture = self.capture
         if inputs and (given := digest(inputs)) != capture.inputs_digest:
             raise InputError(
-                f"{capture.path}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
+                f"{self._where}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
                 "give the same inputs, or record it again on these"
             )
-        wanted = [site for site in capture.sites if detail or site.tensor not in DETAIL_TENSORS]
-        for done, site in enumerate(wanted, 1):
-            entry = capture.entries[site]
-            sink(Observation(site, capture.tensor(site).clone(), entry.axes, entry.found))
-            progress("reading the capture", done, len(wanted))
-        return capture.facts
+        wanted = {s: e for s, e in capture.entries.items() if detail or s.tensor not in DETAIL_TENSORS}
+        return replace(capture, entries=wanted)

@@ -16,9 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence.captures import MANIFEST, PARTIAL, Capture, CaptureWriter, fingerprint, open_capture
+from divergence.captures import MANIFEST, PARTIAL, Capture, fingerprint, open_capture
 from divergence.errors import CaptureError
 from divergence.probes import Observation, RunFacts
+from divergence.recording import CaptureWriter
 from divergence.sites import Site
 
 FACTS = RunFacts(
@@ -157,7 +158,7 @@ def _error(path: Path) -> str:
 
 _KILLED = """
 import sys, time, torch
-from divergence.captures import CaptureWriter
+from divergence.recording import CaptureWriter
 from divergence.probes import Observation
 from divergence.sites import Site
 with CaptureWriter(sys.argv[1], shard_bytes=1) as writer:
@@ -338,24 +339,20 @@ def _fill_the_disk(folder: Path) -> str:
 
 
 def test_full_disk_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(os, "pwrite", full)
     message = _fill_the_disk(tmp_path)
     assert message.startswith(f"{tmp_path}: the disk is full while capturing (")
     assert message.endswith("1 sites so far); free some space or set TMPDIR or --out elsewhere")
 
 
 def test_another_failure_of_the_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(safetensors.torch, "save_file", broken)
+    monkeypatch.setattr(os, "pwrite", broken)
     assert "cannot write the capture (OSError: [Errno 5] Input/output error)" in _fill_the_disk(tmp_path)
 
 

@@ -26,6 +26,7 @@ from divergence.comparison.loops import Pool, Side
 from divergence.comparison.metrics import PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
 from divergence.comparison.views import Form, Operands, byte_values, operands
 from divergence.errors import AlignmentError
+from divergence.shards import release
 
 if TYPE_CHECKING:
     from divergence.comparison.views import Values
@@ -150,6 +151,8 @@ class _Total:
         work = np.zeros(kernel.work_size(sizes, channel_pool))
         part = Box(_side(ref), _side(cand), self._mask(box), sizes, token_pool, head_pool, channel_pool)
         kernel.scan(part, work, results)
+        for tensor in (box.ref, box.cand):
+            release(tensor)
         return _Found(box, results)
 
     def most_under_way(self, box: _Box, most: int) -> int:

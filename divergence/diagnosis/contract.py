@@ -15,6 +15,8 @@ _HALF = {"Half": "fp16", "FP16": "fp16", "float16": "fp16", "fp16": "fp16"} | {
     "bf16": "bf16",
 }
 
+_PLACES = 3
+
 
 def contract_of(facts: RunFacts) -> Mapping[str, Any]:
     """The contract of the engine that ran, empty where there is none."""
@@ -23,40 +25,42 @@ def contract_of(facts: RunFacts) -> Mapping[str, Any]:
 
 
 def ran_in(facts: RunFacts, role: str) -> Iterator[str]:
-    """A sentence for every half precision that operators of `role` ran in, with the first of them."""
-    seen: dict[str, list[str]] = {}
-    for entry in _entries(contract_of(facts)):
-        if entry.get("role") != role:
-            continue
-        precision = _HALF.get(str(entry.get("dtype", entry.get("precision", ""))))
-        if precision is not None:
-            name = str(entry.get("module") or entry.get("node") or entry.get("name") or "?")
-            seen.setdefault(precision, []).append(name)
-    for precision, names in seen.items():
-        yield (
-            f"the engine ran its {role} in {precision}: "
-            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-        )
+    """A sentence for every half precision that operators of `role` ran in: where, inside which kernel, and
+    what the graph asks for instead."""
+    by_precision: dict[str, list[Mapping[str, Any]]] = {}
+    for row in _rows(facts):
+        precision = _HALF.get(str(row.get("precision", "")))
+        if row.get("role") == role and precision is not None:
+            by_precision.setdefault(precision, []).append(row)
+    for precision, rows in by_precision.items():
+        places = [str(row.get("module") or "outside the layers") for row in rows]
+        more = f" and {len(places) - _PLACES} more modules" if len(places) > _PLACES else ""
+        own = str(rows[0]["precision"])
+        asked = sorted({str(row["asked"]) for row in rows if row.get("asked")} - {own})
+        wanted = f" though the graph asks for {' and '.join(asked)}" if asked else ""
+        kernel = next((str(name) for row in rows for name in row.get("kernels", ())), "")
+        inside = f", inside {shortened(kernel)}" if kernel else ""
+        yield f"the engine ran its {role} in {precision}{wanted}: {', '.join(places[:_PLACES])}{more}{inside}"
+
+
+def shortened(name: str, length: int = 48) -> str:
+    """`name`, cut where it is longer than `length`: generated kernels are named after all they do."""
+    return name if len(name) <= length else f"{name[: length - 3]}..."
 
 
 def accumulators(facts: RunFacts) -> Iterator[str]:
     """A sentence for every half precision that products of the engine are summed in."""
-    seen: dict[str, list[str]] = {}
-    for entry in _entries(contract_of(facts)):
-        precision = _HALF.get(str(entry.get("accumulator", "")))
+    by_precision: dict[str, list[str]] = {}
+    for row in _rows(facts):
+        precision = _HALF.get(str(row.get("accumulator", "")))
         if precision is not None:
-            seen.setdefault(precision, []).append(str(entry.get("module") or entry.get("name") or "?"))
-    for precision, names in seen.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            by_precision.setdefault(precision, []).append(str(row.get("module") or "a module without a name"))
+    for precision, names in by_precision.items():
+        more = f" and {len(names) - 1} more modules" if len(names) > 1 else ""
         yield f"the engine sums the products of {names[0]}{more} in {precision}"
 
 
-def _entries(value: Any) -> Iterator[Mapping[str, Any]]:
-    if isinstance(value, Mapping):
-        if "role" in value:
-            yield value
-        for item in value.values():
-            yield from _entries(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _entries(item)
+def _rows(facts: RunFacts) -> Iterator[Mapping[str, Any]]:
+    rows = contract_of(facts).get("rows")
+    if isinstance(rows, list | tuple):
+        yield from (row for row in rows if isinstance(row, Mapping))

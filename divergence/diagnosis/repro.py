@@ -10,6 +10,7 @@ import torch
 from divergence.diagnosis.emulate import LayerUnit
 from divergence.errors import SourceError, one_line
 from divergence.probes.pytorch.observer import replaced, snapshot
+from divergence.probes.pytorch.placement import unhooked
 
 if TYPE_CHECKING:
     from divergence.diagnosis.case import Case
@@ -66,7 +67,9 @@ def write(folder: Path, case: Case) -> str:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, value in (("layer", call.module), ("inputs", given), ("tensors", tensors)):
+        with unhooked(call.module):
+            torch.save(call.module, folder / "layer.pt")
+        for name, value in (("inputs", given), ("tensors", tensors)):
             torch.save(value, folder / f"{name}.pt")
         (folder / "replay.py").write_text(_SCRIPT.format(site=case.at), encoding="utf-8")
     except Exception as error:

@@ -7,12 +7,14 @@ the next layer that fails; only what it leaves there is looked for anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from divergence.diagnosis import nonfinite, repro
 from divergence.diagnosis.case import Case, Given
@@ -22,6 +24,7 @@ from divergence.diagnosis.hypotheses import Told, Tried, attempt
 from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
 from divergence.errors import one_line
 from divergence.probes import Progress, silent
+from divergence.probes.pytorch.placement import brought_in
 from divergence.result import Cause, Hypothesis, SiteResult
 from divergence.sites import Site
 
@@ -99,9 +102,14 @@ class Search:
         self._introduced = introduced
         self._starts: Mapping[tuple[str, int], Any] | None = None
         self._runs = 0
+        self._inside: dict[int, contextlib.ExitStack] = {}
 
     def run(self, progress: Progress = silent) -> Found:
         """Searches the failing layers in execution order."""
+        with self._offloading():
+            return self._run(progress)
+
+    def _run(self, progress: Progress) -> Found:
         found = Found()
         self._told(found)
         known: list[Tried] = []
@@ -148,10 +156,11 @@ class Search:
             SourceError: it cannot be written.
         """
         failing = next(self._groups(), None)
-        case = self._case(failing) if failing else None
-        if case is None:
-            return ("no layer that fails could be replayed, so none was written",)
-        return (repro.write(folder, case),)
+        with self._offloading():
+            case = self._case(failing) if failing else None
+            if case is None:
+                return ("no layer that fails could be replayed, so none was written",)
+            return (repro.write(folder, case),)
 
     def _told(self, found: Found) -> None:
         """Causes that the facts of the run tell."""
@@ -166,7 +175,7 @@ class Search:
     def _nonfinite(self, failing: SiteResult) -> Case | None:
         """The case of the first site that is not finite, padding included."""
         site = nonfinite.origin(self._given, failing)
-        unit = OutsideUnit(self._replayer, self._probe.model) if site.layer is None else self._layer(site)
+        unit = self._outside() if site.layer is None else self._layer(site)
         if unit is None:
             return None
         case = Case(self._given, unit, site, (site.tensor,))
@@ -185,7 +194,7 @@ class Search:
         site = Site.parse(first.site)
         names = tuple(r.tensor for r in failing)
         if site.layer is None:
-            case = Case(self._given, OutsideUnit(self._replayer, self._probe.model), site, names)
+            case = Case(self._given, self._outside(), site, names)
         else:
             unit = self._layer(site)
             if unit is None:
@@ -215,7 +224,35 @@ class Search:
         hidden = self._replayer.input_of(call, self._starts or {})
         if hidden is None:
             hidden = self._given.reference(Site(call.layer - 1, "hidden", call.stack, call.call))
-        return None if hidden is None else LayerUnit(self._replayer, call, hidden, self._stack(site.stack))
+        if hidden is None:
+            return None
+        self._bring_in(call.module, call.module.modules())
+        return LayerUnit(self._replayer, call, hidden, self._stack(site.stack))
+
+    def _outside(self) -> OutsideUnit:
+        model = self._probe.model
+        inside = {id(m) for stack in self._probe.stacks for layer in stack.layers for m in layer.modules()}
+        self._bring_in(model, (m for m in model.modules() if id(m) not in inside))
+        return OutsideUnit(self._replayer, model)
+
+    def _bring_in(self, unit: nn.Module, modules: Iterable[nn.Module]) -> None:
+        """Has offloaded weights of a unit in its modules, and those of all but the last two units out."""
+        if id(unit) in self._inside:
+            self._inside[id(unit)] = self._inside.pop(id(unit))
+            return
+        while len(self._inside) > 1:
+            self._inside.pop(next(iter(self._inside))).close()
+        stack = self._inside[id(unit)] = contextlib.ExitStack()
+        stack.enter_context(brought_in(modules))
+
+    @contextlib.contextmanager
+    def _offloading(self) -> Iterator[None]:
+        """Takes out in the end what `_bring_in` brought in."""
+        try:
+            yield
+        finally:
+            while self._inside:
+                self._inside.popitem()[1].close()
 
     def _stack(self, name: str) -> Sequence[Any]:
         return next((s.layers for s in self._probe.stacks if s.name == name), ())

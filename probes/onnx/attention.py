@@ -191,7 +191,7 @@ def _step(graph: Graph, value: str, axes: tuple[str, ...]) -> _Step | None:
     source = node.input[0] if node.input else ""
     if node.op_type in _KEEPING:
         return source, axes, ""
-    if node.op_type in _CHANGING and graph.is_float(value):
+    if node.op_type == "QuantizeLinear" or (node.op_type in _CHANGING and graph.is_float(value)):
         return source, axes, f"before {node.op_type}"
     if node.op_type in ("Mul", "Div"):
         if graph.is_scalar(node.input[1]):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from divergence.probes import Observation, Sink
@@ -41,6 +42,7 @@ class LayerCall:
         first_input: the hidden input itself, kept for the first layer of a stack only
             `[batch, token, channel]`.
         output: what it returned; the hidden output is taken out.
+        device_in, device_out: where the hidden input and output were; layers may lie on several devices.
     """
 
     stack: str
@@ -52,6 +54,8 @@ class LayerCall:
     hidden_at: int | str | None = None
     first_input: Tensor | None = None
     output: Any = None
+    device_in: torch.device | None = None
+    device_out: torch.device | None = None
 
 
 @dataclass
@@ -175,6 +179,7 @@ class LayerObserver:
         call.hidden_at = _find_hidden(args, kwargs, self._last_hidden)
         if call.hidden_at is not None:
             hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
+            call.device_in = hidden.device
             if site.layer == 0:
                 call.first_input = hidden.detach().clone()
             call.args, call.kwargs = replaced(args, kwargs, call.hidden_at, None)
@@ -197,6 +202,7 @@ class LayerObserver:
         self._last_hidden = hidden
         if record is not None:
             record.output = with_first_tensor(output, None)
+            record.device_out = hidden.device
         site = current.site
         if self._detail:
             self._emit_detail(current)
@@ -398,11 +404,12 @@ def _cached(caches: Sequence[Any], layer: int | None, tensor: str) -> Tensor | N
 
 
 def put_cached(caches: Sequence[Any], layer: int, tensor: str, value: Tensor) -> None:
-    """Replaces what the caches hold for `layer` by `value`, where they hold a tensor of its shape."""
+    """Replaces what the caches hold for `layer` by a copy of `value`, where they hold a tensor of its
+    shape."""
     for entry in _entries(caches, layer, tensor):
         held = getattr(entry, f"{tensor}s", None)
         if isinstance(held, Tensor) and held.shape == value.shape:
-            setattr(entry, f"{tensor}s", value)
+            setattr(entry, f"{tensor}s", value.to(held.device, copy=True))
 
 
 def _entries(caches: Sequence[Any], layer: int | None, tensor: str) -> Iterator[Any]:

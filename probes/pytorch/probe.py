@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.pytorch.observer import LayerCall, LayerObserver
+from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import HEAD_AXES, Site
 
@@ -38,6 +38,7 @@ class PyTorchProbe:
         model: any module with at least one layer stack.
         source: how reports name it.
         names: the model's own names of inputs by ours, where they differ.
+        load: loads the same module again; with it the probe can let go of the module in between.
 
     Raises:
         SourceError: `model` is no module, or has no layer stack.
@@ -46,22 +47,86 @@ class PyTorchProbe:
     kind = "pytorch"
 
     def __init__(
-        self, model: nn.Module, source: str = "pytorch", names: Mapping[str, str] | None = None
+        self,
+        model: nn.Module,
+        source: str = "pytorch",
+        names: Mapping[str, str] | None = None,
+        *,
+        load: Callable[[], nn.Module] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise SourceError(
-                f"{source}: returned {type(model).__name__}, not a torch.nn.Module; return the module itself"
-            )
-        self.model = model
         self.source = source
         self._names = names or {}
-        self.stacks: tuple[Stack, ...] = find_stacks(model)
+        self._load = load
+        self._digest: str | None = None
         self.calls: list[LayerCall] = []
-        if not self.stacks:
+        self._take(model)
+
+    def _take(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
             raise SourceError(
-                f"{source}: {type(model).__name__} has no layer stack (no ModuleList, Sequential or numbered "
-                "attributes of repeated layers), so there are no layers to compare"
+                f"{self.source}: returned {type(model).__name__}, not a torch.nn.Module; "
+                "return the module itself"
             )
+        self._stacks = find_stacks(model)
+        if not self._stacks:
+            raise SourceError(
+                f"{self.source}: {type(model).__name__} has no layer stack (no ModuleList, Sequential or "
+                "numbered attributes of repeated layers), so there are no layers to compare"
+            )
+        self._model: nn.Module | None = model
+
+    @property
+    def model(self) -> nn.Module:
+        """The module, loaded again where it was released.
+
+        Raises:
+            SourceError: it cannot be loaded, or another one is loaded than before.
+        """
+        if self._model is None:
+            assert self._load is not None
+            model = self._load()
+            self._take(model)
+            if self._digest is not None and fingerprint(named_weights(model)) != self._digest:
+                raise SourceError(
+                    f"{self.source}: gave other weights when it was loaded again, which it was because "
+                    "reference and candidate do not fit into memory together; have it load the same each "
+                    "time (a seed), or record it with `divergence capture` and compare the capture"
+                )
+            layers = {stack.name: stack.layers for stack in self._stacks}
+            for call in self.calls:
+                call.module = layers[call.stack][call.layer]
+            return model
+        return self._model
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The module's layer stacks."""
+        _ = self.model
+        return self._stacks
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the module is there."""
+        return self._model is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the module's parameters, wherever they are."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the module runs on a CUDA device."""
+        return device_of(self.model).type == "cuda"
+
+    def release(self) -> bool:
+        """Lets go of the module until it is asked for again. Returns whether it could."""
+        if self._load is None:
+            return False
+        for call in self.calls:
+            call.module = nn.Identity()
+        self._model, self._stacks = None, ()
+        return True
 
     def describe(self, inputs: Mapping[str, Tensor] | None = None) -> Description:
         """See `divergence.probes.Probe`; a module is understood by running it on `inputs`."""
@@ -102,10 +167,11 @@ class PyTorchProbe:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
         order, outputs, notes = self.observe(inputs, sink, detail=detail, progress=progress, record=record)
+        self._digest = fingerprint(named_weights(self.model))
         return RunFacts(
             kind=self.kind,
             source=self.source,
-            model_digest=fingerprint(self.model.named_parameters()),
+            model_digest=self._digest,
             precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
             stacks=order,
             versions={"torch": torch.__version__},
@@ -113,7 +179,7 @@ class PyTorchProbe:
             outputs=outputs,
             details={
                 "model": type(self.model).__name__,
-                "device": str(device_of(self.model)),
+                "device": ", ".join(devices_of(self.model)) or "cpu",
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "layers": {stack.path: len(stack.layers) for stack in self.stacks},
             },
@@ -220,7 +286,7 @@ class _OwnKeys:
     def __init__(self, stacks: tuple[Stack, ...], sink: Sink) -> None:
         self._stack = stacks[0] if len(stacks) == 1 else None
         self._sink = sink
-        self._seen: dict[Site, tuple[torch.Size, bytes]] = {}
+        self._seen: dict[Site, tuple[torch.Size, Digest]] = {}
 
     def saw(self, seen: Observation) -> None:
         if self._stack is not None and seen.site.tensor in ("key", "value"):
@@ -243,7 +309,7 @@ class _OwnKeys:
             differing = 0
             for layer, held in enumerate(stacked.unbind(axes[0])):
                 site = Site(layer, tensor, self._stack.name)
-                if self._seen.get(site) == (held.shape, _hash(held)):
+                if _same(self._seen.get(site), held):
                     continue
                 differing += 1
                 found = f"model output '{names[0]}', layer along axis {axes[0]}"
@@ -256,13 +322,21 @@ class _OwnKeys:
         return tuple(notes)
 
 
-def _hash(tensor: Tensor) -> bytes:
-    """Digest of the bits along both of the last two axes: torch's hash is an exclusive or, which a
-    permutation along one axis alone would leave unchanged."""
-    digest = hashlib.sha256()
-    for axis in (-1, -2):
-        digest.update(torch.hash_tensor(tensor, dim=axis).view(torch.int64).cpu().numpy().tobytes())
-    return digest.digest()
+Digest = tuple[Tensor, Tensor]
+
+
+def _hash(tensor: Tensor) -> Digest:
+    """Digests of the bits along each of the last two axes: torch's hash is an exclusive or, which a
+    permutation along one axis alone would leave unchanged. They stay on the tensor's device, which is
+    not waited for."""
+    rows, columns = (torch.hash_tensor(tensor, dim=axis).view(torch.int64) for axis in (-1, -2))
+    return rows, columns
+
+
+def _same(seen: tuple[torch.Size, Digest] | None, held: Tensor) -> bool:
+    if seen is None or seen[0] != held.shape:
+        return False
+    return all(a.equal(b.to(a.device)) for a, b in zip(seen[1], _hash(held), strict=True))
 
 
 def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -297,10 +371,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter (or buffer) lives; the CPU if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")

@@ -56,7 +56,8 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     Args:
         request: `model`, `out`, `plain` (file or None), `values` (names to make visible), `look`
-            (`outputs`, `debug`, `none`), `precision`, `level`, `workspace_mib`, `timing_cache`,
+            (`outputs`, `debug`, `none`), `copied` (of the values, those that debug tensors show in a copy),
+            `precision`, `level`, `workspace_mib`, `timing_cache`,
             `version_compatible`, `profiles` (by input: lists of min, opt, max shapes, one a profile),
             `plugins`.
         progress: told about the builder's phases.
@@ -97,7 +98,7 @@ def _build_one(
     if not parser.parse_from_file(model):
         reasons = "; ".join(_parser_errors(parser)) or "; ".join(logger.errors) or "no reason given"
         raise SourceError(f"{model}: TensorRT's parser refuses the model ({' '.join(reasons.split())[:400]})")
-    lost = _make_visible(network, values, request["look"])
+    lost = _make_visible(network, values, request["look"], request["copied"])
     config = _config(builder, network, request)
     config.progress_monitor = _Monitor(out.name, progress)
     cache = _timing_cache(config, request.get("timing_cache"))
@@ -120,12 +121,17 @@ def _parser_errors(parser: trt.OnnxParser) -> Iterator[str]:
         yield f"node {error.node_name()} ({error.node_operator()}): {error.desc()}"
 
 
-def _make_visible(network: trt.INetworkDefinition, values: Sequence[str], look: str) -> list[str]:
-    """Marks `values` as outputs or debug tensors; returns those that the network does not have."""
+def _make_visible(
+    network: trt.INetworkDefinition, values: Sequence[str], look: str, copied: Sequence[str] = ()
+) -> list[str]:
+    """Marks `values` as outputs or debug tensors; returns those that the network does not have.
+
+    Of the debug tensors, those in `copied` are seen in a copy that nothing else reads: TensorRT 10.6 dies of
+    hidden states, which several layers read, that are debug tensors themselves.
+    """
     wanted = set(values)
     have = {network.get_output(i).name for i in range(network.num_outputs)}
-    if look == "outputs":
-        wanted -= have
+    wanted -= have
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         for at in range(layer.num_outputs):
@@ -135,8 +141,12 @@ def _make_visible(network: trt.INetworkDefinition, values: Sequence[str], look: 
             wanted.discard(tensor.name)
             if look == "outputs":
                 network.mark_output(tensor)
-            else:
-                network.mark_debug(tensor)
+                continue
+            if tensor.name in copied:
+                name, tensor.name = tensor.name, f"{tensor.name} (copied)"
+                tensor = network.add_identity(tensor).get_output(0)
+                tensor.name = name
+            network.mark_debug(tensor)
     return sorted(wanted)
 
 

@@ -53,6 +53,7 @@ def sites_of(
         found.setdefault(item.site, item)
     taken = {item.value for item in found.values()}
     own = set(sidecar.own_outputs) if sidecar else set()
+    own -= {item.value for item in _named(tensors, stack)}  # an output that says which site it is
     for name in tensors:
         if name not in taken or name in own:
             site = Site.output(name)

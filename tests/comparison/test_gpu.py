@@ -97,7 +97,7 @@ def test_every_pair_of_dtypes(pair: tuple[torch.dtype, torch.dtype]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    "shape", [(1, 9, 1024), (1, 8, 2080), (2, 8, 4, 256), (2, 2, 8, 96), (4096,), (300, 1)]
+    "shape", [(1, 9, 1024), (1, 8, 2080), (2, 8, 4, 256), (2, 2, 8, 96), (4096,), (60, 1)]
 )
 @pytest.mark.parametrize("entries", [3, 1 << 18])
 def test_whole_strips_and_what_is_left(dtype: torch.dtype, shape: tuple[int, ...], entries: int) -> None:
@@ -110,8 +110,8 @@ def test_whole_strips_and_what_is_left(dtype: torch.dtype, shape: tuple[int, ...
 @pytest.mark.parametrize("side", [0, 1])
 def test_one_value_that_is_not_finite(bad: float, side: int) -> None:
     """In a strip that is otherwise gone over the fast way: gone over again, and nothing is counted twice."""
-    pair = noisy(1, 12, 2048)
-    pair[side][0, 7, 1500] = bad
+    pair = noisy(1, 12, 512)
+    pair[side][0, 7, 300] = bad
     tiling = Tiling(32, 4, 4, 4, 32)
     assert_true(compare(*pair, tiling=tiling), reference_metrics(*pair))
 

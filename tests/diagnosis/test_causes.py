@@ -390,7 +390,7 @@ def test_the_layer_before_is_looked_at_where_only_keys_and_values_show() -> None
     ("details", "cause"),
     [
         ({"stream_hazard": {"hazard": True, "evidence": ["two runs differ"]}}, "stream_hazard"),
-        ({"observer": {"changed": True, "max_abs": 0.5}}, "observer_effect"),
+        ({"observer": {"changed": True, "outputs": {"logits": {"max_abs": 0.5}}}}, "observer_effect"),
     ],
 )
 def test_what_the_engine_probe_found_out_comes_first(

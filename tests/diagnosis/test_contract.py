@@ -16,11 +16,23 @@ from tests.models import MODELS, inputs_for
 CONTRACT: dict[str, Any] = {
     "engine": "fp16",
     "rows": [
-        {"module": "model.rotary_emb", "role": "rotary", "precision": "Half", "nodes": 5},
+        {
+            "module": "model.rotary_emb",
+            "role": "rotary",
+            "precision": "Half",
+            "asked": "Float",
+            "nodes": 5,
+            "kernels": ["__myl_" + 20 * "CosSin"],
+        },
         {"module": "model.layers.*.mlp", "role": "projection", "precision": "Half", "accumulator": "Half"},
         {"module": "model.layers.*.norm", "role": "norm", "precision": "Float", "accumulator": ""},
     ],
 }
+
+RAN = (
+    "the engine ran its rotary in fp16 though the graph asks for Float: model.rotary_emb, "
+    "inside __myl_CosSinCosSinCosSinCosSinCosSinCosSinCos..."
+)
 
 
 def _facts(contract: Any) -> RunFacts:
@@ -28,7 +40,7 @@ def _facts(contract: Any) -> RunFacts:
 
 
 def test_the_precision_of_a_role_is_told_with_its_module() -> None:
-    assert list(ran_in(_facts(CONTRACT), "rotary")) == ["the engine ran its rotary in fp16: model.rotary_emb"]
+    assert list(ran_in(_facts(CONTRACT), "rotary")) == [RAN]
     assert not list(ran_in(_facts(CONTRACT), "norm"))
 
 
@@ -38,7 +50,7 @@ def test_half_precision_accumulators_are_told() -> None:
     ]
 
 
-@pytest.mark.parametrize("contract", [{}, None, "text", [1, 2], {"rows": "none"}])
+@pytest.mark.parametrize("contract", [{}, None, "text", [1, 2], {"rows": "none"}, {"rows": [1]}])
 def test_a_contract_of_another_form_says_nothing(contract: Any) -> None:
     facts = _facts(contract)
     assert not list(ran_in(facts, "rotary")) and not list(accumulators(facts))
@@ -55,5 +67,5 @@ def test_the_contract_supports_the_rounding_of_angles() -> None:
     candidate = Engine(planted(reference, KNOWN["rope inv_freq"].fault))
     cause = diagnosed(reference, candidate, inputs_for("llama", 1, 40)).causes[0]
     assert cause.id == "rope_precision"
-    assert "the engine ran its rotary in fp16: model.rotary_emb" in cause.evidence
+    assert RAN in cause.evidence
     assert any("grows with the position" in line for line in cause.evidence)

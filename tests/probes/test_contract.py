@@ -20,7 +20,6 @@ import torch
 from onnx import numpy_helper
 
 from divergence import demo, probes
-from divergence.captures import CaptureWriter
 from divergence.inputs import digest
 from divergence.probes import Observation, Progress, RunFacts, Sink, silent
 from divergence.probes.fake import FakeProbe
@@ -29,6 +28,7 @@ from divergence.probes.pytorch import PyTorchProbe
 from divergence.probes.recorded import RecordedProbe
 from divergence.probes.tensorrt.probe import TensorRTProbe
 from divergence.probes.tensorrt.process import Worker
+from divergence.recording import CaptureWriter
 from tests.probes import contract
 from tests.probes.contract import CHECKS, CaseMaker, ProbeCase
 from tests.tensorrt.engines import INPUTS as ENGINE_INPUTS

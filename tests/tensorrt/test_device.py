@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from divergence.config import Config
 from divergence.demo import load
@@ -21,6 +24,7 @@ from divergence.probes.tensorrt.probe import TensorRTProbe
 from divergence.probes.tensorrt.process import Worker
 from divergence.probes.tensorrt.sidecar import beside, load_sidecar
 from tests.tensorrt.engines import INPUTS, alone, engine, folder, onnx
+from tests.tensorrt.quantised import quantise
 
 pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 
@@ -187,6 +191,46 @@ def test_int8_without_quantisation_is_refused(tmp_path: Path) -> None:
         build_engine(onnx(), tmp_path / "a.plan", BuildOptions(precision="int8"), inputs=INPUTS)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantised_engines_run_and_are_judged_as_such(kind: str, tmp_path: Path) -> None:
+    model = quantise(onnx(), tmp_path / f"{kind}.onnx", kind)
+    plan = tmp_path / f"{kind}.plan"
+    build_engine(model, plan, BuildOptions(precision=kind, plain=False), inputs=INPUTS)
+    result = compare(load(), str(plan), INPUTS, config=Config(), diagnose=False)
+    assert result.policy.precision == kind
+    layers = [site for site in result.sites if site.layer is not None]
+    assert len(layers) == 18
+    for site in layers[:2]:  # what TensorRT makes of the rest is for it to answer for
+        assert site.rel_l2 is not None
+        assert 1e-4 < site.rel_l2 < 0.3, site.site
+
+
+def test_a_library_without_plugins_changes_nothing(tmp_path: Path) -> None:
+    source, library = tmp_path / "own.c", tmp_path / "libown.so"
+    source.write_text("int divergence_test_library;\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    seen, _ = run(engine("fp32"), plugins=(str(library),))
+    assert "layers.5.hidden" in seen
+
+
+def test_a_broken_host_on_the_command_line_is_named_as_the_cause(tmp_path: Path) -> None:
+    given = tmp_path / "inputs.safetensors"
+    save_file(INPUTS, given)
+    command = ["compare", "--ref", "pytorch:divergence.demo:load", "--cand", str(engine("fp32"))]
+    command += ["--inputs", str(given), "--host", f"{BROKEN}:UploadElsewhere", "--hazards"]
+    command += ["--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-c", "from divergence.cli import main; main()", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["environment"]["candidate"]["stream_hazard"]["hazard"], done.stderr
+    if done.returncode == 1:
+        assert "stream_hazard" in [cause["id"] for cause in report["causes"]]
+
+
 def test_inspect_tells_sites_and_contract() -> None:
     description = TensorRTProbe(engine("fp16")).describe()
     assert description.precision == "fp16"
@@ -202,13 +246,15 @@ def test_dynamic_shapes_need_a_profile(tmp_path: Path) -> None:
         build_engine(path, tmp_path / "a.plan", BuildOptions(plain=False))
     options = BuildOptions(plain=False, profiles=parse_shapes(["x=1x1x32,1x16x32,1x64x32"]))
     build_engine(path, tmp_path / "b.plan", options)
-    for tokens in (1, 16, 64):
+    hosts = ["torch", "pycuda"] if importlib.util.find_spec("pycuda") else ["torch"]
+    for tokens, host in itertools.product((1, 16, 64), hosts):
         shapes: list[int] = []
 
         def sink(observation: Observation, shapes: list[int] = shapes) -> None:
             shapes.append(observation.tensor.shape[1])
 
-        TensorRTProbe(tmp_path / "b.plan").run({"x": torch.randn(1, tokens, 32)}, sink)
+        probe = TensorRTProbe(tmp_path / "b.plan", options=EngineOptions(host=host))
+        probe.run({"x": torch.randn(1, tokens, 32)}, sink)
         assert shapes == [tokens, tokens]
     with pytest.raises(InputError, match="from \\[1, 1, 32\\] to \\[1, 64, 32\\]"):
         TensorRTProbe(tmp_path / "b.plan").run({"x": torch.randn(1, 65, 32)}, lambda _: None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from divergence.probes.tensorrt.outputs import sites_of
+from divergence.probes.tensorrt.sidecar import Output, Sidecar
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,24 @@ from divergence.probes.tensorrt.outputs import sites_of
 )
 def test_names_that_say_what_they_are(name: str, site: str) -> None:
     assert [str(f.site) for f in sites_of([name], None, {}, "engine.plan")] == [site]
+
+
+def test_an_output_that_says_which_site_it_is_is_no_output_beside() -> None:
+    sidecar = Sidecar(
+        plan_digest="",
+        model="",
+        model_digest="",
+        precision="fp32",
+        options={},
+        built={},
+        outputs=(
+            Output("last", "layers.1.hidden", (), ""),
+            Output("layers.0.hidden", "layers.0.hidden", (), ""),
+        ),
+        own_outputs=("layers.0.hidden", "last"),
+    )
+    found = sites_of(["layers.0.hidden", "last"], sidecar, {}, "engine.plan")
+    assert [str(f.site) for f in found] == ["layers.0.hidden", "layers.1.hidden", "output.last"]
 
 
 def test_the_only_stack_of_the_reference_is_meant() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault, LayerUnit
 from divergence.diagnosis.hypotheses import Trial
+from divergence.probes.pytorch.placement import named_weights
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,8 +43,8 @@ def taken_from(module: nn.Module, other: nn.Module) -> dict[str, Change] | None:
     mine, theirs = dict(module.named_parameters()), dict(other.named_parameters())
     if module is other or {n: p.shape for n, p in mine.items()} != {n: p.shape for n, p in theirs.items()}:
         return None
-    return {name: _constant(parameter.detach()) for name, parameter in theirs.items()}
+    return {name: _constant(weight.detach()) for name, weight in named_weights(other)}
 
 
 def _constant(tensor: Tensor) -> Change:
-    return lambda _: tensor
+    return lambda own: tensor.to(own.device, own.dtype)

@@ -24,8 +24,8 @@ def told(given: Given) -> Told | None:
     found = given.facts.details.get("observer")
     if not isinstance(found, Mapping) or not found.get("changed"):
         return None
-    size = found.get("max_abs")
-    amount = f" by up to {size:.4g}" if isinstance(size, int | float) else ""
+    sizes = [o["max_abs"] for o in found.get("outputs", {}).values() if o.get("max_abs") is not None]
+    amount = f" by up to {max(sizes):.4g}" if sizes else ""
     return Told(
         ID,
         "exposing the sites as outputs changes what the candidate computes",

@@ -1,0 +1,366 @@
+"""Records the tensors of a run: those that fit the budget stay in memory, the others go to disk.
+
+Tensors on the CPU are written from where they lie; those of a device come through `divergence.staging`,
+so that neither a whole tensor nor a whole shard is held beside the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from divergence.budget import Budget
+from divergence.captures import MANIFEST, MASK_PREFIX, SCHEMA, Capture, Entry, open_capture, partial_of
+from divergence.errors import CaptureError, one_line
+from divergence.precision import dtype_name
+from divergence.probes import Observation, RunFacts
+from divergence.shards import DTYPES, ShardWriter, pieces
+from divergence.sites import Site, in_execution_order
+from divergence.staging import Copier, CudaCopier, Staging
+
+if TYPE_CHECKING:
+    import torch
+
+REPLACED = ".replaced"
+SHARD_BYTES = 64 << 20
+STAGED = 64 << 20
+"""Bytes of page-locked buffers, where no budget says less."""
+
+PIECE = 8 << 20
+"""Most bytes of a tensor with gaps that are brought together at a time."""
+
+
+Arrived = Callable[[Entry, "torch.Tensor"], None]
+"""Told of a tensor that stays in memory as soon as all of it is there, on any thread."""
+
+
+class CaptureWriter:
+    """Records a capture as the run goes.
+
+    Use as a context manager and call `close` inside it. Leaving it without `close` (an exception,
+    a kill) leaves `NAME.partial` behind only if the process itself died; an exception removes it.
+
+    Args:
+        path: folder to make. An existing capture there is replaced when the new one is complete.
+        shard_bytes: size at which a shard is complete, in bytes.
+        budget: memory that tensors may stay in; what does not fit goes to `path`, which is then no
+            capture of its own. Without one, all goes to disk.
+        arrived: told of tensors that stay in memory.
+        copier: how tensors come from a device.
+
+    Raises:
+        CaptureError: the folder cannot be made, or exists and is no capture.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        shard_bytes: int = SHARD_BYTES,
+        budget: Budget | None = None,
+        arrived: Arrived | None = None,
+        copier: Copier | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self._partial = partial_of(self.path)
+        self._budget = budget
+        self._arrived = arrived
+        self._copier = copier
+        self._entries: dict[Site, Entry] = {}
+        self._masks: list[str] = []
+        self._held: dict[str, torch.Tensor] = {}
+        self._shards = _Shards(self._partial, shard_bytes)
+        self._direct = _Lane(self._shards)
+        self._staged = _Lane(self._shards)
+        self._lane_of: dict[str, _Lane] = {}
+        self._staging: Staging | None = None
+        self._closed = False
+        if (
+            self.path.exists()
+            and not (self.path / MANIFEST).is_file()
+            and (not self.path.is_dir() or any(self.path.iterdir()))
+        ):
+            raise CaptureError(f"{self.path}: exists and is not a capture; choose another --out")
+        if budget is None:
+            self._shards.make_folder()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._staging is not None:
+            self._staging.abandon()
+        if not self._closed:
+            self._shards.abandon()
+            for name in list(self._held):
+                self._forget(name)
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __call__(self, observation: Observation) -> None:
+        """Takes one observation (a `divergence.probes.Sink`); a later one of the same site
+        replaces the earlier.
+
+        Raises:
+            CaptureError: the disk is full, or the dtype is one that no capture can hold.
+        """
+        site, tensor = observation.site, observation.tensor.detach()
+        dtype = dtype_name(tensor.dtype)
+        if dtype not in DTYPES:
+            raise CaptureError(f"{site}: a capture cannot hold tensors of dtype {dtype}; exclude the site")
+        entry = Entry(site, "", dtype, tuple(tensor.shape), observation.axes, observation.found)
+        self._entries[site] = entry
+        self._store(str(site), tensor, entry)
+
+    def add_mask(self, stack: str, mask: torch.Tensor) -> None:
+        """Stores the valid-token mask `[batch, token]` (bool) of `stack`, `""` for all others."""
+        self._masks.append(stack)
+        self._store(MASK_PREFIX + stack, mask, None)
+
+    def close(self, facts: RunFacts, inputs_digest: str) -> Capture:
+        """Writes what is pending and the manifest, and moves the capture to its place.
+
+        Raises:
+            CaptureError: the disk is full, or the run produced no site.
+        """
+        if not self._entries:
+            raise CaptureError(f"{self.path}: the run produced no sites, so there is nothing to capture")
+        with self._naming_failures():
+            if self._staging is not None:
+                self._staging.close()
+            for lane in (self._direct, self._staged):
+                lane.close()
+        ordered = in_execution_order(self._entries, facts.stacks)
+        entries = {site: replace(self._entries[site], file=self._file_of(str(site))) for site in ordered}
+        masks = {stack: self._file_of(MASK_PREFIX + stack) for stack in self._masks}
+        with self._naming_failures():
+            if self._budget is None:
+                self._write_manifest(facts, inputs_digest, entries, masks)
+            if self._shards.files or self._budget is None:
+                self._replace()
+        self._closed = True
+        if self._budget is None:
+            return open_capture(self.path)
+        return Capture(self.path, facts, inputs_digest, entries, masks, self._held)
+
+    def _file_of(self, name: str) -> str:
+        return self._lane_of[name].files[name] if name in self._lane_of else ""
+
+    def _write_manifest(
+        self, facts: RunFacts, inputs_digest: str, entries: dict[Site, Entry], masks: dict[str, str]
+    ) -> None:
+        content = {
+            "schema": SCHEMA,
+            "facts": asdict(facts),
+            "inputs_digest": inputs_digest,
+            "sites": [{**asdict(entry), "site": str(site)} for site, entry in entries.items()],
+            "masks": masks,
+            "files": self._shards.files,
+        }
+        with open(self._partial / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _replace(self) -> None:
+        # The old capture is moved, not deleted, first: a name is missing for two renames only.
+        old = self.path.with_name(self.path.name + REPLACED)
+        shutil.rmtree(old, ignore_errors=True)
+        if self.path.exists():
+            self.path.replace(old)
+        self._partial.replace(self.path)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _store(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
+        self._forget(name)
+        nbytes = tensor.numel() * tensor.element_size()
+        stays = self._budget is not None and self._budget.take(nbytes)
+        if stays:
+            self._hold(name, tensor, entry)
+        elif self._on_cpu(tensor):
+            self._lane_of[name] = self._direct
+            with self._naming_failures():
+                receive = self._direct.receiver(name, tensor.dtype, tuple(tensor.shape))
+                for piece in pieces(tensor, PIECE):
+                    receive(piece)
+        else:
+            self._lane_of[name] = self._staged
+            self._send(tensor, self._staged.receiver(name, tensor.dtype, tuple(tensor.shape)))
+
+    def _on_cpu(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def _forget(self, name: str) -> None:
+        """Makes room again for what a later observation replaces."""
+        self._lane_of.pop(name, None)
+        held = self._held.pop(name, None)
+        if held is not None and self._budget is not None:
+            self._budget.give(held.numel() * held.element_size())
+
+    def _hold(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
+        import torch
+
+        def arrived() -> None:
+            if self._arrived is not None and entry is not None:
+                self._arrived(entry, held)
+
+        # A probe runs in inference mode; what it leaves behind is an ordinary tensor.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            held = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if self._on_cpu(tensor):
+                held.copy_(tensor)
+                arrived()
+            else:
+                self._send(tensor, _filling(held), arrived)
+
+    def _send(
+        self,
+        tensor: torch.Tensor,
+        receive: Callable[[torch.Tensor], None],
+        done: Callable[[], None] | None = None,
+    ) -> None:
+        if self._staging is None:
+            memory = STAGED if self._budget is None else min(STAGED, self._budget.under_way)
+            self._staging = Staging(self._copier or CudaCopier(), memory)
+        with self._naming_failures():
+            self._staging.send(tensor, receive, done or (lambda: None))
+
+    @contextlib.contextmanager
+    def _naming_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> CaptureError:
+        where = self._partial.parent
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(where).free
+            return CaptureError(
+                f"{where}: the disk is full while capturing ({free >> 20} MiB free, "
+                f"{len(self._entries)} sites so far); free some space or set TMPDIR or --out elsewhere"
+            )
+        return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
+
+
+class _Shards:
+    """The shards of a capture.
+
+    Attributes:
+        files: sizes of those that are complete, by name, in bytes.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int) -> None:
+        self.shard_bytes = shard_bytes
+        self.files: dict[str, int] = {}
+        self._folder = folder
+        self._made = False
+        self._open: list[ShardWriter] = []
+        self._lock = threading.Lock()
+
+    def make_folder(self) -> None:
+        """Makes the folder, once.
+
+        Raises:
+            CaptureError: it cannot be made.
+        """
+        if self._made:
+            return
+        try:
+            if self._folder.exists():
+                shutil.rmtree(self._folder)
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise CaptureError(f"{self._folder}: cannot be made ({one_line(error)})") from error
+        self._made = True
+
+    def open(self) -> ShardWriter:
+        """The next shard."""
+        with self._lock:
+            self.make_folder()
+            name = f"shard-{len(self.files) + len(self._open):04d}.safetensors"
+            shard = ShardWriter(self._folder / name)
+            self._open.append(shard)
+            return shard
+
+    def complete(self, shard: ShardWriter) -> None:
+        """Completes a shard."""
+        size = shard.close()
+        with self._lock:
+            self._open.remove(shard)
+            self.files[shard.path.name] = size
+
+    def abandon(self) -> None:
+        """Closes whatever is open."""
+        for shard in self._open:
+            shard.abandon()
+
+
+class _Lane:
+    """Writes tensors one after another into shards of its own; a lane belongs to one thread.
+
+    Attributes:
+        files: name of the shard by name of the tensor.
+    """
+
+    def __init__(self, shards: _Shards) -> None:
+        self.files: dict[str, str] = {}
+        self._shards = shards
+        self._shard: ShardWriter | None = None
+
+    def receiver(
+        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> Callable[[torch.Tensor], None]:
+        """What takes the bytes of the next tensor, in pieces."""
+        begun = False
+
+        def receive(octets: torch.Tensor) -> None:
+            nonlocal begun
+            if not begun:
+                begun = True
+                self._begin(name, dtype, shape)
+            assert self._shard is not None
+            self._shard.write(octets)
+
+        return receive
+
+    def close(self) -> None:
+        """Completes the shard that is open."""
+        if self._shard is not None:
+            self._shards.complete(self._shard)
+            self._shard = None
+
+    def _begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        if self._shard is not None and (
+            self._shard.nbytes >= self._shards.shard_bytes or not self._shard.takes(name, dtype, shape)
+        ):
+            self.close()
+        if self._shard is None:
+            self._shard = self._shards.open()
+        self._shard.begin(name, dtype, shape)
+        self.files[name] = self._shard.path.name
+
+
+def _filling(held: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    """What puts the bytes that it is given into a tensor, one piece after another."""
+    import torch
+
+    octets = held.reshape(-1).view(torch.uint8)
+    filled = 0
+
+    def receive(piece: torch.Tensor) -> None:
+        nonlocal filled
+        octets[filled : filled + piece.numel()].copy_(piece)
+        filled += piece.numel()
+
+    return receive

@@ -1,0 +1,362 @@
+"""What stays in memory, what goes to disk, and what comes from a device while the model goes on."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from divergence.budget import Budget
+from divergence.captures import Capture, Entry
+from divergence.comparing import Meanwhile, compare_pair
+from divergence.config import Config, parse_tolerance
+from divergence.errors import CaptureError
+from divergence.pipeline import compare
+from divergence.probes import Observation, RunFacts
+from divergence.probes.fake import FakeProbe
+from divergence.recording import CaptureWriter
+from divergence.setting import record
+from divergence.sites import HIDDEN_AXES, Site
+from divergence.staging import BUFFERS, Staging
+from tests.models import inputs_for, llama
+from tests.test_pipeline import faulty
+
+FACTS = RunFacts("fake", "fake", "0", precision="fp32")
+TENSOR = 4 * 8 * 16  # bytes of each
+
+
+def hidden(layer: int, value: float | None = None) -> Observation:
+    shape = (1, 8, 16)
+    tensor = torch.full(shape, float(layer) if value is None else value)
+    return Observation(Site(layer, "hidden"), tensor, HIDDEN_AXES, "given")
+
+
+def written(folder: Path, memory: int, layers: int = 6, **options: Any) -> Capture:
+    with CaptureWriter(folder / "run.capture", budget=Budget(memory), **options) as writer:
+        for layer in range(layers):
+            writer(hidden(layer))
+        writer.add_mask("", torch.ones(1, 8, dtype=torch.bool))
+        return writer.close(FACTS, "digest")
+
+
+def test_what_fits_never_touches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "open", None)
+    capture = written(tmp_path, 1 << 20)
+    assert list(tmp_path.iterdir()) == []
+    assert len(capture.held) == 7
+    assert [float(capture.tensor(site).max()) for site in capture.sites] == [0, 1, 2, 3, 4, 5]
+    assert all(capture.span(site) is None for site in capture.sites)
+
+
+@pytest.mark.parametrize("fitting", [0, 1, 4, 6])
+def test_what_does_not_fit_goes_to_disk_and_reads_the_same(tmp_path: Path, fitting: int) -> None:
+    capture = written(tmp_path, 2 * fitting * TENSOR)
+    assert [site.layer for site in capture.sites if str(site) in capture.held] == list(range(fitting))
+    assert [float(capture.tensor(site).max()) for site in capture.sites] == [0, 1, 2, 3, 4, 5]
+    mask = capture.mask("")
+    assert mask is not None
+    assert bool(mask.all())
+
+
+def test_a_tensor_that_is_replaced_gives_its_room_back(tmp_path: Path) -> None:
+    budget = Budget(4 * TENSOR)
+    with CaptureWriter(tmp_path / "c", budget=budget) as writer:
+        for value in (1.0, 2.0, 3.0):
+            writer(hidden(0, value))
+        writer(hidden(1))
+        capture = writer.close(FACTS, "")
+    assert len(capture.held) == 2
+    assert capture.tensor(Site(0, "hidden")).max() == 3.0
+
+
+def test_a_run_that_fails_gives_its_room_back_and_leaves_no_file(tmp_path: Path) -> None:
+    budget = Budget(4 * TENSOR)
+    with pytest.raises(RuntimeError), CaptureWriter(tmp_path / "c", budget=budget) as writer:
+        for layer in range(4):
+            writer(hidden(layer))
+        raise RuntimeError
+    assert budget.take(2 * TENSOR)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_half_of_the_budget_is_for_what_is_under_way() -> None:
+    budget = Budget(100)
+    assert budget.under_way == 50
+    assert budget.take(50)
+    assert not budget.take(1)
+    budget.give(1)
+    assert budget.take(1)
+
+
+def test_a_dtype_that_no_capture_can_hold_is_one_line(tmp_path: Path) -> None:
+    tensor = torch.zeros(2, dtype=torch.complex128)
+    refused = pytest.raises(CaptureError, match="layers.0.hidden: a capture cannot hold .* complex128")
+    with refused, CaptureWriter(tmp_path / "c") as writer:
+        writer(Observation(Site(0, "hidden"), tensor))
+
+
+@pytest.mark.parametrize("memory", [1, 40_000, 1 << 30])
+@pytest.mark.parametrize("replay", ["auto", "always"])
+def test_the_budget_changes_no_figure(memory: int, replay: Any) -> None:
+    model, inputs = llama(4), inputs_for("llama", tokens=33)
+    options: dict[str, Any] = {"config": Config(), "replay": replay}
+    usual = compare(model, faulty(model, 2), inputs, **options)
+    result = compare(model, faulty(model, 2), inputs, memory=memory, **options)
+    assert (result.sites, result.causes, result.reason) == (usual.sites, usual.causes, usual.reason)
+    assert usual.verdict == "fail"
+
+
+def test_kept_captures_are_whole_whatever_the_budget(tmp_path: Path) -> None:
+    model, inputs = llama(2), inputs_for("llama")
+    compare(model, model, inputs, config=Config(), keep=tmp_path, memory=1 << 30)
+    ref, cand = (str(tmp_path / f"{name}.capture") for name in ("reference", "candidate"))
+    again = compare(ref, cand, inputs, config=Config(), precision="fp32")
+    assert again.reason == "all 7 sites are equal to the bit"
+
+
+def test_a_recorded_capture_is_read_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = {"x": torch.zeros(1)}
+    tensors = {f"layers.{i}.hidden": torch.randn(1, 8, 16) for i in range(4)}
+    for name, shift in (("ref", 0.0), ("cand", 1e-5)):
+        probe = FakeProbe({site: tensor * (1 + shift) for site, tensor in tensors.items()})
+        record(probe, inputs, tmp_path / f"{name}.capture", detail=False, progress=lambda *_: None)
+    monkeypatch.setattr(CaptureWriter, "__init__", None)
+    result = compare(
+        str(tmp_path / "ref.capture"),
+        str(tmp_path / "cand.capture"),
+        inputs,
+        config=Config(),
+        tolerance=parse_tolerance("rel_l2=1e-4", Config().tolerance),
+        memory=1000,
+    )
+    assert result.verdict == "pass"
+    assert [site.rel_l2 for site in result.sites] == [pytest.approx(1e-5, rel=0.1)] * 4
+
+
+def captured(folder: Path, name: str, tensors: dict[str, Tensor], arrived: Any = None) -> Capture:
+    with CaptureWriter(folder / name, budget=Budget(1 << 30), arrived=arrived) as writer:
+        for site, tensor in tensors.items():
+            writer(Observation(Site.parse(site), tensor, HIDDEN_AXES, "given"))
+        return writer.close(FACTS, "")
+
+
+def test_sites_are_compared_while_the_candidate_runs_and_give_the_same(tmp_path: Path) -> None:
+    from divergence.alignment import align
+
+    ref = {f"layers.{i}.hidden": torch.randn(1, 8, 16) for i in range(3)}
+    cand = {site: tensor * 1.01 for site, tensor in ref.items()}
+    reference = captured(tmp_path, "ref", ref)
+    with Meanwhile(reference) as meanwhile:
+        candidate = captured(tmp_path, "cand", cand, meanwhile)
+        for pair in align(reference.entries, candidate.entries).pairs:
+            found = meanwhile.take(pair, candidate)
+            expected = compare_pair(pair, reference, candidate)
+            assert found is not None
+            assert (found.rel_l2, found.mse) == (expected.rel_l2, expected.mse)
+
+
+def test_what_was_compared_too_early_is_compared_again(tmp_path: Path) -> None:
+    from divergence.alignment import align
+
+    site = Site(0, "hidden")
+    reference = captured(tmp_path, "ref", {str(site): torch.ones(1, 8, 16)})
+    with (
+        Meanwhile(reference) as meanwhile,
+        CaptureWriter(tmp_path / "cand", budget=Budget(1 << 30), arrived=meanwhile) as writer,
+    ):
+        writer(hidden(0, 1.0))
+        candidate = writer.close(FACTS, "")
+        (pair,) = align(reference.entries, candidate.entries).pairs
+        assert meanwhile.take(pair, candidate) is not None
+        replaced = captured(tmp_path, "other", {str(site): torch.full((1, 8, 16), 2.0)})
+        assert meanwhile.take(pair, replaced) is None
+
+
+def test_sites_without_a_certain_partner_wait(tmp_path: Path) -> None:
+    reference = captured(tmp_path, "ref", {"layers.0.hidden": torch.ones(1, 8, 16)})
+    with Meanwhile(reference, exclude=["layers.0.hidden"]) as meanwhile:
+        captured(tmp_path, "cand", {"layers.0.hidden": torch.ones(1, 8, 16)}, meanwhile)
+        assert not meanwhile._found
+    with Meanwhile(reference) as meanwhile:
+        captured(tmp_path, "cand", {"layers.0.hidden": torch.ones(1, 16, 8)}, meanwhile)
+        captured(tmp_path, "cand", {"layers.1.hidden": torch.ones(1, 8, 16)}, meanwhile)
+        assert not meanwhile._found
+
+
+class SlowDevice:
+    """A device whose copies are there only when they are waited for: until then the buffer holds rubbish."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.out = 0
+        self.most_out = 0
+
+    def buffer(self, nbytes: int) -> Tensor:
+        self.made += 1
+        return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
+
+    def start(self, source: Tensor, buffer: Tensor) -> Callable[[], None]:
+        assert source.shape == buffer.shape
+        kept = source.clone()
+        buffer.fill_(0xCD)
+        self.out += 1
+        self.most_out = max(self.most_out, self.out)
+
+        def wait() -> None:
+            time.sleep(0.001)
+            buffer.copy_(kept)
+            self.out -= 1
+
+        return wait
+
+
+@pytest.mark.parametrize("memory", [1, 100, 1 << 20])
+def test_tensors_of_a_device_arrive_whole_and_in_order(memory: int) -> None:
+    device = SlowDevice()
+    staging = Staging(device, memory)
+    generator = torch.Generator().manual_seed(0)
+    sent = [torch.randn(1, 5, 7, generator=generator).transpose(1, 2) for _ in range(20)]
+    received: dict[int, list[Tensor]] = {number: [] for number in range(20)}
+    finished: list[int] = []
+    for number, tensor in enumerate(sent):
+        kept = tensor.clone()
+        staging.send(
+            kept,
+            lambda part, number=number: received[number].append(part.clone()),  # type: ignore[misc]
+            lambda number=number: finished.append(number),  # type: ignore[misc]
+        )
+        kept.zero_()  # the model writes into it as soon as `send` returns
+    staging.close()
+    assert finished == list(range(20))
+    for number, tensor in enumerate(sent):
+        flat = torch.cat(received[number]).view(torch.float32)
+        assert torch.equal(flat, tensor.contiguous().reshape(-1))
+    assert device.made <= BUFFERS
+    assert staging.allocated <= max(memory, 1)
+
+
+def test_the_sender_waits_for_a_buffer_only() -> None:
+    device = SlowDevice()
+    staging = Staging(device, 1 << 20)
+    go_on = threading.Event()
+
+    def slow(_: Tensor) -> None:
+        assert go_on.wait(10)
+
+    for _ in range(BUFFERS):
+        staging.send(torch.zeros(4), slow, lambda: None)  # returns though nothing was received yet
+    assert device.made == BUFFERS
+    waiting = threading.Thread(target=staging.send, args=(torch.zeros(4), slow, lambda: None))
+    waiting.start()
+    waiting.join(0.05)
+    assert waiting.is_alive(), "there were more buffers than are allowed"
+    go_on.set()
+    waiting.join()
+    staging.close()
+    assert device.made == BUFFERS
+
+
+def test_what_a_receiver_raises_is_told_to_the_sender_and_nothing_hangs() -> None:
+    def broken(_: Tensor) -> None:
+        raise OSError(28, "No space left on device")
+
+    staging = Staging(SlowDevice(), 64)
+    done: list[int] = []
+    with pytest.raises(OSError, match="No space left"):
+        for _ in range(100):
+            staging.send(torch.zeros(64), broken, lambda: done.append(1))
+    with pytest.raises(OSError, match="No space left"):
+        staging.close()
+    assert not done
+
+
+class DeviceWriter(CaptureWriter):
+    """Takes tensors of the CPU for those of a slow device."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        super().__init__(path, copier=SlowDevice(), **options)
+
+    def _on_cpu(self, tensor: Tensor) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("memory", [None, 1, 6 * TENSOR, 1 << 20])
+def test_a_capture_of_a_device_is_that_of_the_cpu(tmp_path: Path, memory: int | None) -> None:
+    budget = None if memory is None else Budget(memory)
+    arrived: list[tuple[Entry, Tensor]] = []
+    with DeviceWriter(
+        tmp_path / "c", budget=budget, shard_bytes=1000, arrived=lambda e, t: arrived.append((e, t))
+    ) as writer:
+        for layer in range(6):
+            observation = hidden(layer)
+            writer(observation)
+            observation.tensor.fill_(-1)
+        writer(hidden(2, 7.0))
+        writer.add_mask("", torch.ones(1, 8, dtype=torch.bool))
+        capture = writer.close(FACTS, "digest")
+    assert [float(capture.tensor(site).min()) for site in capture.sites] == [0, 1, 7, 3, 4, 5]
+    assert len(arrived) == (0 if memory in (None, 1) else 4 if memory == 6 * TENSOR else 7)
+    for entry, tensor in arrived:
+        assert float(tensor.min()) in (entry.site.layer, 7.0)
+
+
+def test_a_disk_that_fails_under_a_device_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(CaptureError, match="the disk is full while capturing"),
+        DeviceWriter(tmp_path / "c") as writer,
+    ):
+        for layer in range(100):
+            writer(hidden(layer))
+        writer.close(FACTS, "digest")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory", [None, 1, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.float8_e4m3fn])
+def test_tensors_of_a_real_device_arrive_though_the_model_writes_into_them_at_once(
+    tmp_path: Path, memory: int | None, dtype: torch.dtype
+) -> None:
+    sent = []
+    with (
+        torch.inference_mode(),
+        CaptureWriter(tmp_path / "c", budget=None if memory is None else Budget(memory)) as writer,
+    ):
+        for layer in range(40):
+            raw = torch.randint(0, 2, (1, 1000, 4000 if layer % 4 else 9), dtype=torch.uint8, device="cuda")
+            tensor = raw.to(dtype).transpose(1, 2) if layer % 2 else raw.to(dtype)
+            sent.append(tensor.cpu())
+            torch.cuda._sleep(1_000_000)  # the copy is still under way when the model writes
+            writer(Observation(Site(layer, "hidden"), tensor, HIDDEN_AXES, "given"))
+            tensor.zero_()
+        capture = writer.close(FACTS, "digest")
+    for site, tensor in zip(capture.sites, sent, strict=True):
+        found = capture.tensor(site)
+        assert found.dtype == tensor.dtype
+        assert torch.equal(found.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+        assert not found.is_inference()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_device_is_captured_as_on_the_cpu(tmp_path: Path) -> None:
+    model, inputs = llama(3), inputs_for("llama")
+    result = compare(model, llama(3).cuda(), inputs, config=Config(), precision="fp32", replay="always")
+    assert result.verdict == "pass", result.reason
+    result = compare(llama(3).cuda(), faulty(llama(3), 1).cuda(), inputs, config=Config(), memory=1)
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == "layers.1.value"
