@@ -187,6 +187,15 @@ def test_of_several_largest_differences_the_first_counts(rows: int) -> None:
     assert compare(ref, ref.clone(), tiling=tiling).max_abs_at == (0, 0, 0, 0)
 
 
+def test_largest_differences_that_only_lower_bits_tell_apart() -> None:
+    """In a later tile of the same thread: the upper halves of their bits are equal."""
+    ref = torch.zeros(16, 64, dtype=torch.float64)
+    cand = ref.clone()
+    cand[1, 3], cand[9, 3], cand[13, 2] = 1.0, 1.0 + 2.0**-40, 1.0 + 2.0**-41
+    m = compare(ref, cand, tiling=Tiling(32, 2, 4, 16, 64))
+    assert (m.max_abs, m.max_abs_at) == (1.0 + 2.0**-40, (9, 3))
+
+
 def test_wholly_padded_tensors_have_no_figures() -> None:
     """But the largest difference at padding is shown."""
     m = compare(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), mask=torch.zeros(1, 2, dtype=torch.bool))
