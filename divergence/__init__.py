@@ -23,7 +23,10 @@ if TYPE_CHECKING:
         DivergenceError,
         InputError,
         SourceError,
+        StorageError,
     )
+    from divergence.pairs import compare_pairs
+    from divergence.pairs_result import PairResult, Pairs
     from divergence.pipeline import capture, compare
     from divergence.result import Comparison, SiteResult
     from divergence.sites import Site
@@ -35,6 +38,7 @@ _HOME = {
     "capture": "pipeline",
     "compare": "pipeline",
     "compare_chain": "chain",
+    "compare_pairs": "pairs",
     "compare_tensors": "comparison",
     "load_config": "config",
     "open_capture": "captures",
@@ -43,6 +47,8 @@ _HOME = {
     "Comparison": "result",
     "Config": "config",
     "Metrics": "comparison.metrics",
+    "PairResult": "pairs_result",
+    "Pairs": "pairs_result",
     "Site": "sites",
     "SiteResult": "result",
     "Step": "chain_result",
@@ -53,6 +59,7 @@ _HOME = {
     "DivergenceError": "errors",
     "InputError": "errors",
     "SourceError": "errors",
+    "StorageError": "errors",
 }
 
 __all__ = [
@@ -66,15 +73,19 @@ __all__ = [
     "DivergenceError",
     "InputError",
     "Metrics",
+    "PairResult",
+    "Pairs",
     "Site",
     "SiteResult",
     "SourceError",
     "Step",
+    "StorageError",
     "Tolerance",
     "assert_close",
     "capture",
     "compare",
     "compare_chain",
+    "compare_pairs",
     "compare_tensors",
     "load_config",
     "open_capture",

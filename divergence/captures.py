@@ -117,11 +117,17 @@ class Capture:
 
 
 def open_capture(path: str | os.PathLike[str]) -> Capture:
-    """Opens a finished capture.
+    """Opens a finished capture, on the disk or at a URL (`divergence.storage`).
 
     Raises:
         CaptureError: there is none, it was interrupted, is empty, damaged, or of another schema.
+        StorageError: the URL cannot be read.
     """
+    if isinstance(path, str) and "://" in path:
+        from divergence.storage import located, open_remote
+
+        place = located(path)
+        return open_remote(place) if isinstance(place, str) else open_capture(place)
     folder = Path(path)
     manifest = folder / MANIFEST
     if not manifest.is_file():

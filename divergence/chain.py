@@ -120,14 +120,11 @@ def _compared(cand: object, label: str, job: Job) -> Link:
         return Link(label, timed(job.run(cand), started), job)
     except DivergenceError as error:
         tolerance = job.tolerance
-        failed = Comparison(
-            verdict="error",
-            reason=str(error),
-            first_divergence=None,
+        failed = Comparison.unanswered(
+            str(error),
             reference=job.reference.facts.source,
             candidate=str(cand) if isinstance(cand, str | Path) else label,
             policy=Policy(tolerance.policy, tolerance.ratio, sites=tolerance.sites),
-            sites=(),
             command=job.options.command,
         )
         return Link(label, failed, None)
@@ -218,13 +215,18 @@ def _labels(cands: Sequence[object], names: Sequence[str]) -> tuple[str, ...]:
         raise ConfigurationError(
             f"{len(names)} names for {len(cands)} candidates: give each a name, and none twice"
         )
-    labels: list[str] = list(names)
-    for cand in cands[len(labels) :]:
-        label, number = short(cand), 2
-        while label in labels:
-            label, number = f"{short(cand)}#{number}", number + 1
-        labels.append(label)
-    return tuple(labels)
+    return tuple(names) or distinct([short(cand) for cand in cands])
+
+
+def distinct(labels: Sequence[str]) -> tuple[str, ...]:
+    """`labels`, the second of the same name with `#2` behind it."""
+    found: list[str] = []
+    for name in labels:
+        label, number = name, 2
+        while label in found:
+            label, number = f"{name}#{number}", number + 1
+        found.append(label)
+    return tuple(found)
 
 
 def short(source: object) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from divergence.errors import SourceError, one_line
+from divergence.errors import SourceError, StorageError, one_line
+from divergence.pairs_result import INDEX, Pairs
 from divergence.result import NESTED, SCHEMA, Comparison, Verdict, as_plain, from_plain, report_text
 
 
@@ -139,16 +140,26 @@ class Chain:
 _NESTED = {**NESTED, "steps": Step, "comparisons": Comparison, "differences": Difference}
 
 
-def load_any(path: Path) -> Comparison | Chain:
-    """The report in the folder or file `path`, of one candidate or of a chain.
+def load_any(path: str | Path) -> Comparison | Chain | Pairs:
+    """The report in the folder or file `path`, which may be a URL: of one candidate, a chain or pairs.
 
     Raises:
         SourceError: there is none, or it cannot be read.
+        StorageError: the URL cannot be read.
     """
-    text, where = report_text(path)
+    try:
+        text, where = report_text(path)
+    except (SourceError, StorageError) as missing:
+        try:
+            report_text(path, INDEX)
+        except (SourceError, StorageError):
+            raise missing from None
+        return Pairs.load(path)
     try:
         content = json.loads(text)
     except ValueError:
         content = None
-    chain = isinstance(content, dict) and content.get("kind") == "chain"
-    return Chain.from_json(text, where) if chain else Comparison.from_json(text, where)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind == "pairs":
+        return Pairs.load(path)
+    return Chain.from_json(text, where) if kind == "chain" else Comparison.from_json(text, where)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from divergence import __version__
+from divergence.cli_options import common, comparison, engine, sample
 from divergence.errors import DivergenceError, one_line
-from divergence.report_commands import diff, report, show
+from divergence.report_commands import diff, report, reports_into
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
     from divergence.config import Config, Tolerance
+    from divergence.pairs_result import Pairs
     from divergence.probes.tensorrt.options import EngineOptions
     from divergence.result import Comparison
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _Group(click.Group):
@@ -45,68 +45,6 @@ class _Group(click.Group):
         sys.exit(status if isinstance(status, int) else 0)
 
 
-def _common(function: F) -> F:
-    for option in reversed(
-        (
-            click.option("--inputs", metavar="FILE", help=".safetensors, .npz, FILE.py:FUNC or MODULE:FUNC."),
-            click.option(
-                "--detail", is_flag=True, help="Also query, attention, norms and MLP of every layer."
-            ),
-            click.option(
-                "--memory",
-                type=click.IntRange(1),
-                default=512,
-                show_default=True,
-                metavar="MIB",
-                help="Host memory for tensors; what does not fit goes to disk.",
-            ),
-            click.option(
-                "--config",
-                "config_file",
-                type=click.Path(path_type=Path),
-                metavar="FILE",
-                help="Configuration; by default divergence.toml or pyproject.toml here.",
-            ),
-        )
-    ):
-        function = option(function)
-    return function
-
-
-def _engine(function: F) -> F:
-    for option in reversed(
-        (
-            click.option(
-                "--host",
-                default="torch",
-                show_default=True,
-                metavar="HOST",
-                help="How engines are run: torch, pycuda, both (compared bit by bit), FILE.py:CLASS.",
-            ),
-            click.option(
-                "--context",
-                type=click.Choice(["primary", "own"]),
-                default="primary",
-                show_default=True,
-                help="CUDA context of the pycuda host.",
-            ),
-            click.option(
-                "--plugin", multiple=True, metavar="LIB", help="Plugin library to load first; several times."
-            ),
-            click.option(
-                "--profile",
-                type=click.IntRange(0),
-                default=0,
-                show_default=True,
-                help="Optimization profile of the engine to run in.",
-            ),
-            click.option("--hazards", is_flag=True, help="Look for what the host forgets to wait for."),
-        )
-    ):
-        function = option(function)
-    return function
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="divergence")
 def main() -> None:
@@ -115,63 +53,45 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--ref", required=True, metavar="SRC", help="Reference: pytorch, pytorch:FILE.py:FUNC, a capture."
-)
-@click.option(
-    "--cand",
-    required=True,
-    multiple=True,
-    metavar="SRC",
-    help="Candidate: an .onnx file, a capture, pytorch:... Several make a chain: each is also compared "
-    "with the one before it.",
-)
-@_common
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the reports.")
-@click.option("--precision", metavar="P", help="What the candidate runs in, where it does not show it.")
-@click.option(
-    "--tolerance",
-    multiple=True,
-    metavar="T",
-    help="ratio=4, layers.*.key:cosine=0.999, mse=1e-5; may be given several times.",
-)
-@click.option("--exclude", multiple=True, metavar="PATTERN", help="Sites not to compare; several times.")
-@click.option("--replay", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True)
-@click.option("--floor", metavar="SRC", help="Take the noise floor from this source's run.")
-@_engine
-@click.option("--keep-captures", is_flag=True, help="Keep all captures in --out.")
-@click.option(
-    "--repro",
-    type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="Write the first failing layer for replay.",
-)
-@click.option("--no-diagnosis", is_flag=True, help="Do not look for the cause of a failure.")
+@comparison
+@common
+@engine
 def compare(
     ref: str,
     cand: tuple[str, ...],
-    inputs: str | None,
+    inputs: tuple[str, ...],
     detail: bool,
     memory: int,
     config_file: Path | None,
-    out: Path | None,
+    out: str | None,
     precision: str | None,
     tolerance: tuple[str, ...],
     exclude: tuple[str, ...],
     replay: Any,
     floor: str | None,
+    ray: str | None,
+    ray_gpus: float | None,
     keep_captures: bool,
     repro: Path | None,
     no_diagnosis: bool,
-    **engine: Any,
+    **engine_options: Any,
 ) -> int:
-    """Compare a candidate with a reference and give a verdict; several, and say which step is to blame."""
+    """Compare a candidate with a reference and give a verdict; several, and say which step is to blame;
+    on several samples, all pairs of the two."""
+    pairs = len(inputs) > 1 or ray is not None
     if keep_captures and out is None:
         raise click.UsageError("--keep-captures needs --out DIR to keep them in")
-    if repro is not None and len(cand) > 1:
+    if keep_captures and ray is not None:
+        raise click.UsageError(
+            "--keep-captures keeps what ran here; without --ray, or use divergence capture"
+        )
+    if repro is not None and (len(cand) > 1 or pairs):
         raise click.UsageError("--repro writes the first failing layer of one candidate; give one --cand")
+    if ray_gpus is not None and ray is None:
+        raise click.UsageError("--ray-gpus is what tasks on Ray ask for; give --ray too")
     config = _config(config_file)
     from divergence.chain import compare_chain
+    from divergence.pairs import compare_pairs
     from divergence.pipeline import compare as compare_pair
     from divergence.reports.progress import progress
 
@@ -183,24 +103,31 @@ def compare(
         "replay": replay,
         "floor": floor,
         "memory": memory << 20,
-        "engine": _engine_options(engine),
+        "engine": _engine_options(engine_options),
         "diagnose": not no_diagnosis,
-        "keep": out if keep_captures else None,
         "config": config,
         "command": _command(),
     }
-    result: Comparison | Chain
-    with progress(sys.stderr, sys.stderr.isatty()) as shown:
-        if len(cand) == 1:
-            result = compare_pair(ref, cand[0], inputs, **options, repro=repro, progress=shown)
-        else:
-            result = compare_chain(ref, cand, inputs, **options, progress=shown)
-    return show(result, out)
+    result: Comparison | Chain | Pairs
+    only = inputs[0] if inputs else None
+    with reports_into(out) as reports:
+        options["keep"] = reports.folder if keep_captures else None
+        with progress(sys.stderr, sys.stderr.isatty()) as shown:
+            if pairs:
+                result = compare_pairs(
+                    ref, cand, inputs, **options, ray=ray, gpus=ray_gpus, done=reports.add, progress=shown
+                )
+            elif len(cand) == 1:
+                result = compare_pair(ref, cand[0], only, **options, repro=repro, progress=shown)
+            else:
+                result = compare_chain(ref, cand, only, **options, progress=shown)
+        reports.show(result)
+    return reports.finish(result)
 
 
 @main.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-def explain(folder: Path) -> int:
+@click.argument("folder", metavar="DIR")
+def explain(folder: str) -> int:
     """Show how the causes in the report in DIR were found: every one tried, with its evidence."""
     from divergence.reports.explain import render_explanation
     from divergence.result import load_report
@@ -213,12 +140,12 @@ def explain(folder: Path) -> int:
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@_common
-@_engine
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Capture to make.")
+@sample
+@common
+@engine
+@click.option("--out", required=True, metavar="DIR", help="Capture to make, a folder or its URL.")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
     metavar="CAPTURE",
     help="Capture of the reference, which helps to find the sites of an ONNX model.",
 )
@@ -228,9 +155,9 @@ def capture(
     detail: bool,
     memory: int,
     config_file: Path | None,
-    out: Path,
-    reference: Path | None,
-    **engine: Any,
+    out: str,
+    reference: str | None,
+    **engine_options: Any,
 ) -> int:
     """Run SRC and record its sites, to compare elsewhere or later."""
     config = _config(config_file)
@@ -246,7 +173,7 @@ def capture(
             detail=detail,
             reference=open_capture(reference) if reference else None,
             memory=memory << 20,
-            engine=_engine_options(engine),
+            engine=_engine_options(engine_options),
             config=config,
             progress=shown,
         )
@@ -256,15 +183,16 @@ def capture(
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@_common
-@_engine
+@sample
+@common
+@engine
 def inspect(
     source: str,
     inputs: str | None,
     detail: bool,  # noqa: ARG001 - shares the options of capture
     memory: int,
     config_file: Path | None,
-    **engine: Any,
+    **engine_options: Any,
 ) -> int:
     """Show what sites SRC has, how they were found, and the precision of each operator."""
     config = _config(config_file)
@@ -272,7 +200,7 @@ def inspect(
     from divergence.reports.terminal import render_description
     from divergence.sources import open_source
 
-    probe = open_source(source, config, memory=memory << 20, engine=_engine_options(engine))
+    probe = open_source(source, config, memory=memory << 20, engine=_engine_options(engine_options))
     spec = inputs or config.inputs
     click.echo(render_description(probe.describe(load_inputs(spec, config.base) if spec else None)))
     return 0
@@ -293,7 +221,6 @@ def inspect(
 @click.option("--inputs", metavar="FILE", help="Build for the shapes of these inputs.")
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path),
     metavar="CAPTURE",
     help="Capture of the reference on --inputs, which helps to find sites.",
 )
@@ -324,7 +251,7 @@ def build(
     out: Path,
     precision: str,
     inputs: str | None,
-    reference: Path | None,
+    reference: str | None,
     look: Any,
     plain: bool,
     detail: bool,

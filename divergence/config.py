@@ -202,8 +202,10 @@ def parse_tolerance(text: str, base: Tolerance | None = None) -> Tolerance:
 
 
 def resolve(spec: str, base: Path) -> str:
-    """`spec` with its file made absolute against `base`; `MODULE:FUNC` stays as it is."""
+    """`spec` with its file made absolute against `base`; a URL and `MODULE:FUNC` stay as they are."""
     file, separator, function = spec.rpartition(":")
+    if "://" in spec:
+        return spec
     if not separator:
         return str(base / spec)
     return f"{base / file}:{function}" if file.endswith(".py") else spec
@@ -334,7 +336,7 @@ def _source(table: _Table) -> SourceConfig:
     axes = table.table("axes")
     return SourceConfig(
         model=None if model is None else resolve(model, base),
-        path=None if path is None else str(base / path),
+        path=None if path is None else path if "://" in path else str(base / path),
         dtype=table.choice("dtype", MODEL_DTYPES),
         provider=table.string("provider"),
         host=table.string("host"),

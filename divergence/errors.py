@@ -5,6 +5,7 @@
     ├── SourceError          a source that cannot be opened, read or run
     ├── InputError           inputs that are missing or do not fit the model
     ├── CaptureError         a capture that cannot be written or read
+    ├── StorageError         an address (s3://...) that cannot be opened, read or written
     └── AlignmentError       two runs that have nothing to compare
 
 Every message is one line that says what was wrong, where, and how to mend it;
@@ -35,6 +36,10 @@ class InputError(DivergenceError):
 
 class CaptureError(DivergenceError):
     """A capture that cannot be written or read."""
+
+
+class StorageError(DivergenceError):
+    """An address beyond the disk that cannot be opened, read or written."""
 
 
 class AlignmentError(DivergenceError):

@@ -29,8 +29,8 @@ def load_inputs(spec: str, base: Path) -> dict[str, torch.Tensor]:
     """Loads inputs.
 
     Args:
-        spec: a `.safetensors` or `.npz` file, or `FILE.py:FUNC` or `MODULE:FUNC` naming a function
-            without arguments that returns a mapping of input names to tensors or numpy arrays.
+        spec: a `.safetensors` or `.npz` file or its URL, or `FILE.py:FUNC` or `MODULE:FUNC` naming a
+            function without arguments that returns a mapping of input names to tensors or numpy arrays.
         base: folder that a relative file, or the module, is looked for in.
 
     Returns:
@@ -39,7 +39,10 @@ def load_inputs(spec: str, base: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: there is no such file or function, it is a pickle, it fails, or gives no tensors.
+        StorageError: the URL cannot be read.
     """
+    if "://" in spec:
+        return _from_url(spec, base)
     if ":" in spec and Path(spec).suffix not in {".safetensors", ".npz"}:
         return _from_function(spec, base)
     file = base / spec
@@ -237,6 +240,20 @@ def _from_function(spec: str, base: Path) -> dict[str, torch.Tensor]:
             "return a mapping of input names to tensors or arrays"
         )
     return _checked(made, spec)
+
+
+def _from_url(url: str, base: Path) -> dict[str, torch.Tensor]:
+    from divergence.storage import fetched, located
+
+    place = located(url)
+    if isinstance(place, Path):
+        return load_inputs(str(place), base)
+    with fetched(url) as file:
+        try:
+            # Tensors may map the file, which is deleted now.
+            return {name: tensor.clone() for name, tensor in load_inputs(str(file), base).items()}
+        except InputError as error:
+            raise InputError(str(error).replace(str(file), url)) from error
 
 
 def _load_safetensors(file: Path) -> Mapping[str, torch.Tensor]:

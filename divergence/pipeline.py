@@ -28,6 +28,7 @@ from divergence.room import make_room
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
 from divergence.sites import matches
 from divergence.sources import open_source
+from divergence.storage import recorded
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def capture(
 
     Args:
         source, inputs, detail, memory, engine, config, progress: as for `compare`.
-        path: folder to make; an existing capture there is replaced when the new one is complete.
+        path: folder to make, or its URL; an existing capture there is replaced when the new one is complete.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
 
     Raises:
@@ -145,7 +146,7 @@ def capture(
     config = load_config() if config is None else config
     tensors = read_inputs(inputs, config)
     probe = open_source(source, config, reference=reference, memory=memory, engine=engine)
-    return record(probe, tensors, Path(path), detail=detail, progress=progress)
+    return recorded(path, lambda folder: record(probe, tensors, folder, detail=detail, progress=progress))
 
 
 def timed(result: Comparison, started: float) -> Comparison:

@@ -184,6 +184,8 @@ class CaptureWriter:
 
     def _store(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
         self._forget(name)
+        if self._copier is None and tensor.device.type not in ("cpu", "cuda"):
+            tensor = tensor.cpu()  # a device without streams of CUDA
         nbytes = tensor.numel() * tensor.element_size()
         stays = self._budget is not None and self._budget.take(nbytes)
         if stays:

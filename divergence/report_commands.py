@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,7 @@ from divergence.errors import SourceError, one_line
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
+    from divergence.pairs_result import PairResult, Pairs
     from divergence.result import Comparison
 
 EXIT = {"pass": 0, "fail": 1, "error": 2}
@@ -21,19 +22,22 @@ EXIT = {"pass": 0, "fail": 1, "error": 2}
 
 
 @click.command()
-@click.argument("report_dir", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("report_dir", metavar="DIR")
 @click.option("--link", default="", metavar="URL", help="Where the page will be found, for summary.md.")
-def report(report_dir: Path, link: str) -> int:
+def report(report_dir: str, link: str) -> int:
     """Render the reports in DIR again from its report.json; exit status as of compare."""
     from divergence.chain_result import load_any
 
     with _sound(report_dir):
-        return show(load_any(report_dir), report_dir, link)
+        result = load_any(report_dir)
+        with reports_into(report_dir, link) as reports:
+            reports.show(result)
+        return reports.finish(result)
 
 
 @click.command()
-@click.argument("old", type=click.Path(path_type=Path))
-@click.argument("new", type=click.Path(path_type=Path))
+@click.argument("old")
+@click.argument("new")
 @click.option(
     "--factor",
     type=float,
@@ -41,7 +45,7 @@ def report(report_dir: Path, link: str) -> int:
     show_default=True,
     help="Ratio of error-over-floor ratios up to which a change is noise.",
 )
-def diff(old: Path, new: Path, factor: float) -> int:
+def diff(old: str, new: str, factor: float) -> int:
     """Compare two reports (folders or report.json): exit 1 if a site became worse beyond noise."""
     from divergence.diff import diff as run
     from divergence.reports.difference import render_difference
@@ -55,36 +59,106 @@ def diff(old: Path, new: Path, factor: float) -> int:
 
 
 @contextmanager
-def _sound(*paths: Path) -> Iterator[None]:
+def _sound(*paths: str) -> Iterator[None]:
     """What a report that was tampered with makes of a renderer becomes one line."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        where = " or ".join(str(path) for path in paths)
+        where = " or ".join(paths)
         raise SourceError(
             f"{where}: the report holds what compare never writes ({one_line(error)}); run compare again"
         ) from error
 
 
-def show(result: Comparison | Chain, out: Path | None, link: str = "") -> int:
-    """Writes the reports into `out`, if given, prints the terminal's, and gives the exit status."""
-    from divergence.reports.chain import render_chain
-    from divergence.reports.terminal import render
-    from divergence.result import Comparison
+class Reports:
+    """Writes reports into `folder`, if there is one, and says where they are.
 
-    pages: list[Path] = []
-    if out is not None:
-        from divergence.reports import write_all
+    Args:
+        folder: on the disk.
+        out: what the user calls it: the folder, or the URL that it will be uploaded to.
+        link: where the page will be found, for `summary.md`.
 
-        pages = write_all(result, out, link=link)
-    color = sys.stdout.isatty()
-    if isinstance(result, Comparison):
-        click.echo(render(result, width=_width(), color=color))
-    else:
-        click.echo(render_chain(result, width=_width(), color=color))
-    for page in pages:
-        click.echo(f"report: {page}")
-    return EXIT[result.verdict]
+    Attributes:
+        written: folders of the pairs whose reports are written.
+    """
+
+    def __init__(self, folder: Path | None, out: str, link: str = "") -> None:
+        self.folder = folder
+        self._out = out
+        self._link = link
+        self._pages: list[str] = []
+        self.written: set[str] = set()
+
+    def add(self, pair: PairResult) -> None:
+        """Writes the reports of a pair; what is over all pairs is written in the end."""
+        if self.folder is not None:
+            from divergence.reports import write_all
+
+            write_all(pair.comparison, self.folder / pair.folder)
+            self.written.add(pair.folder)
+
+    def show(self, result: Comparison | Chain | Pairs) -> None:
+        """Writes all reports that are not yet written, and prints the terminal's."""
+        from divergence.reports.chain import render_chain
+        from divergence.reports.pairs import render_pairs
+        from divergence.reports.terminal import render
+        from divergence.result import Comparison
+
+        if self.folder is not None:
+            self._pages = [page.relative_to(self.folder).as_posix() for page in self._write(result)]
+        shape: Any = {"width": _width(), "color": sys.stdout.isatty()}
+        if isinstance(result, Comparison):
+            click.echo(render(result, **shape))
+        elif result.kind == "chain":
+            click.echo(render_chain(result, **shape))
+        else:
+            click.echo(render_pairs(result, **shape))
+
+    def _write(self, result: Comparison | Chain | Pairs) -> list[Path]:
+        from divergence.reports import write_all, write_over_pairs
+        from divergence.result import Comparison
+
+        assert self.folder is not None
+        if isinstance(result, Comparison) or result.kind == "chain":
+            return write_all(result, self.folder, link=self._link)
+        for pair in result.pairs:
+            if pair.folder not in self.written:
+                self.add(pair)
+        return write_over_pairs(result, self.folder, link=self._link)
+
+    def finish(self, result: Comparison | Chain | Pairs) -> int:
+        """Says where the pages are, now that they are there, and gives the exit status."""
+        for page in self._pages:
+            click.echo(f"report: {self._out.rstrip('/')}/{page}")
+        return EXIT[result.verdict]
+
+
+@contextmanager
+def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
+    """What writes the reports of a command into the folder or URL `out`.
+
+    Raises:
+        StorageError: the URL cannot be written.
+    """
+    if out is None:
+        yield Reports(None, "")
+        return
+    if "://" not in out:
+        reports = Reports(Path(out), str(Path(out)), link)
+        try:
+            yield reports
+        except KeyboardInterrupt:
+            if not reports.written:
+                raise
+            from divergence.reports import counted
+
+            done = f"the reports of {counted(len(reports.written), 'pair')} are in {out}, without an index"
+            raise click.ClickException(f"interrupted; {done}") from None
+        return
+    from divergence.storage import writing
+
+    with writing(out) as folder:
+        yield Reports(folder, out, link)
 
 
 def _width() -> int:

@@ -225,6 +225,13 @@ class Comparison:
     command: str = ""
     schema: int = SCHEMA
 
+    @classmethod
+    def unanswered(
+        cls, reason: str, *, reference: str, candidate: str, policy: Policy, command: str = ""
+    ) -> Self:
+        """Of a question that could not be answered: the verdict is `error`, and there are no sites."""
+        return cls("error", reason, None, reference, candidate, policy, (), command=command)
+
     def site(self, name: str) -> SiteResult:
         """The result of the site called `name`.
 
@@ -272,23 +279,34 @@ class Comparison:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
-def load_report(path: Path) -> Comparison:
-    """The report of one candidate in the folder or file `path`.
+def load_report(path: str | Path) -> Comparison:
+    """The report of one candidate in the folder or file `path`, which may be a URL.
 
     Raises:
         SourceError: there is none, or it cannot be read.
+        StorageError: the URL cannot be read.
     """
     return Comparison.from_json(*report_text(path))
 
 
-def report_text(path: Path) -> tuple[str, str]:
-    """The text of `report.json` in the folder or file `path`, and where it is, for messages.
+def report_text(path: str | Path, name: str = "report.json") -> tuple[str, str]:
+    """The text of the file `name` in the folder `path`, or of the file `path`, and where it is, for
+    messages.
 
     Raises:
         SourceError: there is none, or it is no text.
+        StorageError: the URL cannot be read.
     """
-    file = path / "report.json" if path.is_dir() else path
+    if isinstance(path, str) and "://" in path:
+        from divergence.storage import located, read_text
+
+        place = located(path)
+    else:
+        place = Path(path)
+    file = place / name if isinstance(place, Path) and place.is_dir() else place
     try:
+        if isinstance(file, str):
+            return read_text(file, name)
         return file.read_text(encoding="utf-8"), str(file)
     except FileNotFoundError as error:
         raise SourceError(f"{file}: no such report; give the folder that compare --out wrote") from error

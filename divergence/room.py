@@ -31,10 +31,20 @@ def host_memory() -> int | None:
         return None
     for limit, used in _CGROUPS:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            held = int(Path(used).read_text()) - _cache_beside(Path(used))
+            free = min(free, int(Path(limit).read_text()) - held)
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return max(0, free)
+
+
+def _cache_beside(used: Path) -> int:
+    """Bytes of files in a container's memory that it gives up when memory is wanted; they count as used."""
+    try:
+        lines = used.with_name("memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 def device_memory() -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from divergence.budget import Budget
@@ -133,6 +134,8 @@ def getting_ready(
         with it is raised by whoever takes it.
     """
     early: dict[str, Future[Probe]] = {}
+    kernel = Thread(target=_load_kernel, name="load-kernel", daemon=True)
+    kernel.start()
     files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
     if files and fits_twice(files[0], config):
         pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
@@ -141,9 +144,20 @@ def getting_ready(
     try:
         yield early
     finally:
+        kernel.join()
         for future in early.values():
             if not future.cancel() and future.exception() is None:
                 getattr(_inner(future.result()), "close", lambda: None)()
+
+
+def _load_kernel() -> None:
+    """Loads the compiled comparison, which takes half a second, before the first tensor waits for it."""
+    import numpy as np
+
+    from divergence.comparison import compare_tensors
+
+    with contextlib.suppress(Exception):  # whoever compares first is told
+        compare_tensors(np.zeros(1, np.float32), np.ones(1, np.float32))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,8 @@ def open_source(
 
     Args:
         source: `pytorch`, `pytorch:FILE.py:FUNC`, `pytorch:MODULE:FUNC`, a path to an ONNX file, a
-            TensorRT engine or a capture, a name from the configuration, a `torch.nn.Module`, or a probe.
+            TensorRT engine or a capture, a capture's URL, a name from the configuration, a `torch.nn.Module`,
+            or a probe.
         config: the configuration that names refer to.
         reference: capture of the reference, which helps to find the sites of an ONNX model.
         memory: bytes that an ONNX model's exposed tensors may take at a time.
@@ -93,7 +94,8 @@ def _from_text(name: str, config: Config) -> SourceConfig:
             "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
         )
     path = Path(name)
-    if path.suffix in (".onnx", *ENGINE_SUFFIXES, ".capture") or path.exists() or partial_of(path).exists():
+    known = (".onnx", *ENGINE_SUFFIXES, ".capture")
+    if "://" in name or path.suffix in known or path.exists() or partial_of(path).exists():
         return SourceConfig(path=name)
     raise SourceError(
         f"{name}: no such file, and no source of that name in the configuration"
@@ -113,6 +115,8 @@ def _open(
         return _pytorch(name, settings, config)
     if settings.path is None:
         raise ConfigurationError(f"source '{name}': give it a model or a path")
+    if "://" in settings.path:
+        return _remote(name, settings, config, reference, memory, engine)
     path = Path(settings.path)
     if path.suffix in ENGINE_SUFFIXES:
         from divergence.probes.tensorrt.probe import TensorRTProbe
@@ -132,6 +136,27 @@ def _open(
         provider=settings.provider or "CPUExecutionProvider",
         memory=memory,
     )
+
+
+def _remote(
+    name: str,
+    settings: SourceConfig,
+    config: Config,
+    reference: Capture | None,
+    memory: int,
+    engine: EngineOptions | None,
+) -> Probe:
+    """What lies at a URL: a capture, or, of `file://`, anything."""
+    from divergence.probes.recorded import RecordedProbe
+    from divergence.storage import located
+
+    assert settings.path is not None
+    place = located(settings.path)
+    if isinstance(place, Path):
+        return _open(name, replace(settings, path=str(place)), config, reference, memory, engine)
+    if Path(place).suffix in (".onnx", *ENGINE_SUFFIXES):
+        raise SourceError(f"{place}: only captures and inputs are read from a URL; copy the model here")
+    return RecordedProbe(place)
 
 
 def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> EngineOptions:

@@ -161,6 +161,29 @@ def first_divergence(results: Sequence[SiteResult]) -> FirstDivergence | None:
     return None
 
 
+def of_several(verdicts: Sequence[Verdict], noun: str) -> tuple[Verdict, str]:
+    """The verdict of several comparisons, and how many say so in a sentence.
+
+    One that could not be answered makes the whole an error, whatever the others say: nobody knows how many
+    fail. Without any comparison nothing has been answered.
+
+    Args:
+        verdicts: of the comparisons.
+        noun: what one is called.
+    """
+    number = len(verdicts)
+    if not number:
+        return "error", "Nothing was compared"
+    failing = verdicts.count("fail")
+    fail = f"{failing} {'fails' if failing == 1 else 'fail'}"
+    if errors := verdicts.count("error"):
+        others = f", {fail}" if failing else ""
+        return "error", f"{errors} of {number} {noun}s could not be answered{others}"
+    if failing:
+        return "fail", f"{failing} of {number} {noun}s {'fails' if failing == 1 else 'fail'}"
+    return "pass", f"All {noun}s pass"
+
+
 def overall(results: Sequence[SiteResult], unmatched: Sequence[Unmatched]) -> tuple[Verdict, str]:
     """Verdict and reason of the whole comparison."""
     missing = [u for u in unmatched if u.state in ("missing in candidate", "shape mismatch")]

@@ -1,4 +1,5 @@
-"""What a comparison works in: a folder for its captures, and memory that is not walked again and again."""
+"""What a comparison works in: a folder for its captures, names of files, and memory that is not walked
+again and again."""
 
 from __future__ import annotations
 
@@ -35,3 +36,8 @@ def quiet_collector() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def file_name(name: str) -> str:
+    """`name` without what a file system would object to, at most 80 characters."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]

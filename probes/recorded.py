@@ -21,7 +21,7 @@ class RecordedProbe:
     """Yields what a capture holds.
 
     Args:
-        path: folder of the capture.
+        path: folder of the capture, or its URL.
 
     Attributes:
         capture: the capture, with its token masks.
@@ -32,6 +32,7 @@ class RecordedProbe:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.capture: Capture = open_capture(path)
+        self._where = str(path)
 
     @property
     def kind(self) -> str:
@@ -42,7 +43,7 @@ class RecordedProbe:
         """The sites of the capture, as the probe that recorded it found them."""
         facts = self.capture.facts
         return Description(
-            source=str(self.capture.path),
+            source=self._where,
             kind=self.kind,
             precision=facts.precision,
             sites=tuple(
@@ -92,7 +93,7 @@ class RecordedProbe:
         capture = self.capture
         if inputs and (given := digest(inputs)) != capture.inputs_digest:
             raise InputError(
-                f"{capture.path}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
+                f"{self._where}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
                 "give the same inputs, or record it again on these"
             )
         wanted = {s: e for s, e in capture.entries.items() if detail or s.tensor not in DETAIL_TENSORS}

@@ -14,15 +14,18 @@ from divergence import verdict
 from divergence.config import Tolerance
 from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
+from divergence.working import file_name
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
+    from divergence.pairs_result import Pairs
 
 
-def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[Path]:
+def write_all(result: Comparison | Chain | Pairs, out: Path, *, link: str = "") -> list[Path]:
     """Writes every report of `result` into the folder `out`: `report.json`, `report.html`,
     `summary.md`, `junit.xml` and `plots/`. Of a chain, `report.json` and `report.html` are all of it, and
-    every candidate has a folder of its own within: `1-NAME`, `2-NAME`, ...
+    every candidate has a folder of its own within: `1-NAME`, `2-NAME`, ... Of pairs, `index.json`,
+    `index.html`, `summary.md` and `junit.xml` are all of them, and every pair has a folder of its own.
 
     Args:
         result: what to report.
@@ -35,6 +38,12 @@ def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[
     Raises:
         OSError: a file cannot be written.
     """
+    from divergence.pairs_result import Pairs
+
+    if isinstance(result, Pairs):
+        for pair in result.pairs:
+            write_all(pair.comparison, out / pair.folder)
+        return write_over_pairs(result, out, link=link)
     if not isinstance(result, Comparison):
         from divergence.reports.html import render_chain_html
 
@@ -59,9 +68,19 @@ def write_all(result: Comparison | Chain, out: Path, *, link: str = "") -> list[
     return [page]
 
 
-def file_name(name: str) -> str:
-    """`name` without what a file system would object to, at most 80 characters."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80]
+def write_over_pairs(pairs: Pairs, out: Path, *, link: str = "") -> list[Path]:
+    """Writes what is over all pairs into `out`, and not their own reports; arguments as of `write_all`."""
+    from divergence.reports.index import write_pairs_index
+    from divergence.reports.junit import render_pairs_junit
+    from divergence.reports.pairs import render_pairs_markdown
+
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("report.json", "report.html"):
+        # Of a comparison that was written here before: what DIR is the report of must be one thing.
+        (out / name).unlink(missing_ok=True)
+    (out / "summary.md").write_text(render_pairs_markdown(pairs, link), encoding="utf-8")
+    (out / "junit.xml").write_text(render_pairs_junit(pairs), encoding="utf-8")
+    return [write_pairs_index(pairs, out)]
 
 
 def plain(text: object, *, ascii_only: bool = False) -> str:

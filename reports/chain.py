@@ -77,15 +77,15 @@ def _candidates(page: Page, chain: Chain) -> None:
             WORDS[comparison.verdict],
             comparison.policy.precision or "-",
             comparison.first_divergence.site if comparison.first_divergence else "-",
-            *_worst_figures(comparison),
+            *worst_figures(comparison),
         )
         style = "" if comparison.verdict == "pass" else MARK_STYLES[comparison.verdict]
         rows.append(((*cells, *((_milliseconds(ms),) if timed else ())), style))
     for line, style in rows:
-        _row(page, line, widths, style)
+        write_row(page, line, widths, style)
 
 
-def _row(page: Page, cells: Sequence[str], widths: Sequence[int], style: str) -> None:
+def write_row(page: Page, cells: Sequence[str], widths: Sequence[int], style: str) -> None:
     """Writes cells in columns, the first to the left, as far as the page is wide."""
     line = Text("  ")
     for text, width in zip(cells, widths, strict=True):
@@ -104,7 +104,7 @@ def _cut(page: Page, text: str, width: int) -> str:
     return dots + shown[len(shown) - width + len(dots) :]
 
 
-def _worst_figures(comparison: Comparison) -> tuple[str, str]:
+def worst_figures(comparison: Comparison) -> tuple[str, str]:
     """The largest error of any site by its floor, and that ratio."""
     site = _worst(comparison.sites, comparison.policy)
     return cell(site, comparison.policy) if site is not None else ("-", "")

@@ -1,4 +1,4 @@
-"""The index of a session: `index.html` and `index.json`, one entry a comparison."""
+"""The index of many comparisons, of a test session or of pairs: `index.html` and `index.json`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from divergence.pairs_result import INDEX, Pairs
 from divergence.reports.assertion import cause, figures
 from divergence.reports.words import first_site
-from divergence.result import Comparison
+from divergence.result import Comparison, Verdict
+from divergence.verdict import of_several
 
 SCHEMA = 1
 _ORDER = {"fail": 0, "error": 1, "pass": 2}
-_HEADLINES = {"pass": "All comparisons pass", "error": "Questions could not be answered"}
 
 Entry = Mapping[str, Any]
 
@@ -28,10 +29,27 @@ def entry_of(result: Comparison, test: str, number: int, folder: str) -> dict[st
         number: 1 for the first comparison of the test, 2 for the second, ...
         folder: name of the folder of its reports, beside the index.
     """
+    return {"test": test, "number": number, **_facts(result), "folder": folder}
+
+
+def entries_of(pairs: Pairs) -> list[dict[str, Any]]:
+    """What the index says of pairs; `number` is the place of a pair among them."""
+    return [
+        {
+            "pair": pair.name,
+            "name": pair.candidate,
+            "sample": pair.sample,
+            "number": number,
+            **_facts(pair.comparison),
+            "folder": pair.folder,
+        }
+        for number, pair in enumerate(pairs.pairs, 1)
+    ]
+
+
+def _facts(result: Comparison) -> dict[str, Any]:
     site = first_site(result)
     return {
-        "test": test,
-        "number": number,
         "verdict": result.verdict,
         "reason": result.reason,
         "reference": result.reference,
@@ -43,13 +61,16 @@ def entry_of(result: Comparison, test: str, number: int, folder: str) -> dict[st
         "cause": cause(result).removeprefix("cause: ") if result.verdict == "fail" else "",
         "sites": len(result.sites),
         "seconds": result.environment.get("seconds"),
-        "folder": folder,
     }
 
 
 def in_order(entries: Sequence[Entry]) -> list[Entry]:
-    """The entries with those that need a reader first: fail, error, pass, each by test and number."""
-    return sorted(entries, key=lambda e: (_ORDER[e["verdict"]], _natural(e["test"]), e["number"]))
+    """The entries with those that need a reader first: fail, error, pass, each by name and number."""
+    return sorted(entries, key=lambda e: (_ORDER[e["verdict"]], _natural(_name(e)), e["number"]))
+
+
+def _name(entry: Entry) -> str:
+    return str(entry["test"] if "test" in entry else entry["pair"])
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
@@ -63,20 +84,13 @@ def counts(entries: Sequence[Entry]) -> dict[str, int]:
     return {verdict: sum(e["verdict"] == verdict for e in entries) for verdict in ("pass", "fail", "error")}
 
 
-def headline(entries: Sequence[Entry]) -> tuple[str, str]:
-    """The verdict of the session and a sentence; without any comparison nothing has been answered."""
-    if not entries:
-        return "error", "Nothing was compared"
-    found = counts(entries)
-    if found["fail"]:
-        verb = "fails" if found["fail"] == 1 else "fail"
-        return "fail", f"{found['fail']} of {len(entries)} comparisons {verb}"
-    verdict = "error" if found["error"] else "pass"
-    return verdict, _HEADLINES[verdict]
+def headline(entries: Sequence[Entry]) -> tuple[Verdict, str]:
+    """The verdict of the session and a sentence."""
+    return of_several([entry["verdict"] for entry in entries], "comparison")
 
 
 def write_index(entries: Sequence[Entry], out: Path) -> Path:
-    """Writes `index.json` and `index.html` into `out`.
+    """Writes `index.json` and `index.html` of a test session into `out`.
 
     Returns:
         The page.
@@ -84,19 +98,32 @@ def write_index(entries: Sequence[Entry], out: Path) -> Path:
     Raises:
         OSError: they cannot be written.
     """
+    verdict, said = headline(entries)
+    return _write("session", entries, out, verdict, said)
+
+
+def write_pairs_index(pairs: Pairs, out: Path) -> Path:
+    """Writes `index.json` and `index.html` of pairs into `out`, as `write_index` does."""
+    about = {"reference": pairs.reference, "environment": pairs.environment, "command": pairs.command}
+    return _write("pairs", entries_of(pairs), out, pairs.verdict, pairs.reason, **about)
+
+
+def _write(
+    kind: str, entries: Sequence[Entry], out: Path, verdict: Verdict, said: str, **about: object
+) -> Path:
     from divergence.reports.html import render_index
 
     ordered = in_order(entries)
-    verdict, said = headline(ordered)
     content = {
         "schema": SCHEMA,
-        "kind": "session",
+        "kind": kind,
         "verdict": verdict,
         "counts": counts(ordered),
+        **about,
         "comparisons": ordered,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "index.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (out / INDEX).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     page = out / "index.html"
-    page.write_text(render_index(ordered, verdict, said, counts(ordered)), encoding="utf-8")
+    page.write_text(render_index(ordered, verdict, said, counts(ordered), kind), encoding="utf-8")
     return page

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from divergence.pairs_result import Pairs
 from divergence.reports import in_words, judged, number, plain, span, times
 from divergence.reports.words import propagated
 from divergence.result import Comparison, SiteResult, Unmatched
@@ -20,7 +21,16 @@ def render_junit(comparison: Comparison) -> str:
     skipped, and one that was not found in the candidate is a failure. A comparison that is an error
     as a whole without any such site has a case of its own that says why, so that it is never green.
     """
-    suite = ET.Element("testsuite", name="divergence", time=_seconds(comparison))
+    return _document([_suite(comparison, "divergence")])
+
+
+def render_pairs_junit(pairs: Pairs) -> str:
+    """All pairs as JUnit XML, a suite for each."""
+    return _document([_suite(pair.comparison, f"divergence: {pair.name}") for pair in pairs.pairs])
+
+
+def _suite(comparison: Comparison, name: str) -> ET.Element:
+    suite = ET.Element("testsuite", name=plain(name), time=_seconds(comparison))
     for site in comparison.sites:
         _site(suite, site, comparison)
     for item in comparison.unmatched:
@@ -37,8 +47,12 @@ def render_junit(comparison: Comparison) -> str:
         "errors": str(counts["error"]),
         "skipped": str(counts["skipped"]),
     }
+    return suite
+
+
+def _document(suites: list[ET.Element]) -> str:
     root = ET.Element("testsuites")
-    root.append(suite)
+    root.extend(suites)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 

@@ -18,7 +18,7 @@ MAX_LINES = 60
 _TABLE_ROWS = 22
 _NAMED = 5
 _EVIDENCE = 4
-_MARKS = {"pass": "✅", "fail": "❌", "error": "⚠️"}
+MARKS = {"pass": "✅", "fail": "❌", "error": "⚠️"}
 _WORDS = {"pass": "pass", "fail": "fail", "error": "error"}
 _SPECIAL = re.compile(r"([\\`*_\[\]()#|~!{}])")
 
@@ -32,15 +32,15 @@ def render_markdown(comparison: Comparison, link: str = "") -> str:
     """
     told = story(comparison)
     lines = [
-        f"### {_MARKS[comparison.verdict]} divergence: {_WORDS[comparison.verdict]}",
+        f"### {MARKS[comparison.verdict]} divergence: {_WORDS[comparison.verdict]}",
         "",
-        f"**{_text(told.headline)}.** {_text(told.detail)}",
+        f"**{prose(told.headline)}.** {prose(told.detail)}",
         "",
     ]
     lines += _where(comparison)
     lines += _causes(comparison)
-    pair = f"Reference {_code(comparison.reference)}, candidate {_code(comparison.candidate)}"
-    lines += [f"{pair}; judged by {_text(_judged(comparison))}. {_tally(comparison)}", ""]
+    pair = f"Reference {code_span(comparison.reference)}, candidate {code_span(comparison.candidate)}"
+    lines += [f"{pair}; judged by {prose(_judged(comparison))}. {_tally(comparison)}", ""]
     lines += _unmatched(comparison.unmatched)
     lines += _table(comparison)
     lines.append(_link(comparison, link))
@@ -52,7 +52,7 @@ def _where(comparison: Comparison) -> list[str]:
     if not told.where or comparison.first_divergence is None:
         return []
     said = " ".join(filter(None, (told.where, told.size, told.spread)))
-    return [f"- **Where:** {_code(comparison.first_divergence.site)}. {_text(said)}"]
+    return [f"- **Where:** {code_span(comparison.first_divergence.site)}. {prose(said)}"]
 
 
 def _causes(comparison: Comparison) -> list[str]:
@@ -61,10 +61,10 @@ def _causes(comparison: Comparison) -> list[str]:
     if not comparison.causes:
         return ["- **Why:** no cause was named.", ""] if comparison.first_divergence else []
     cause = comparison.causes[0]
-    lines = [f"- **Why:** {_text(cause.title)}. {_text(explained(cause.explained))}".rstrip()]
-    lines += [f"  - {_text(line)}" for line in cause.evidence[:_EVIDENCE]]
+    lines = [f"- **Why:** {prose(cause.title)}. {prose(explained(cause.explained))}".rstrip()]
+    lines += [f"  - {prose(line)}" for line in cause.evidence[:_EVIDENCE]]
     if cause.fix:
-        lines.append(f"- **Fix:** {_text(cause.fix)}")
+        lines.append(f"- **Fix:** {prose(cause.fix)}")
     if len(comparison.causes) > 1:
         others = ", ".join(map(_other, comparison.causes[1 : 1 + _NAMED]))
         lines.append(f"- Also: {others}")
@@ -73,7 +73,7 @@ def _causes(comparison: Comparison) -> list[str]:
 
 def _other(cause: Cause) -> str:
     """A further cause, with the site at which it brings its error in."""
-    return _text(cause.title) + (f" at {_code(cause.site)}" if cause.site else "")
+    return prose(cause.title) + (f" at {code_span(cause.site)}" if cause.site else "")
 
 
 def _judged(comparison: Comparison) -> str:
@@ -99,7 +99,7 @@ def _unmatched(unmatched: tuple[Unmatched, ...]) -> list[str]:
     missing = [u for u in unmatched if u.state != "excluded"]
     if not missing:
         return []
-    lines = [f"- {_code(u.site)} {u.state}: {_text(u.reason)}" for u in missing[:_NAMED]]
+    lines = [f"- {code_span(u.site)} {u.state}: {prose(u.reason)}" for u in missing[:_NAMED]]
     if len(missing) > _NAMED:
         lines.append(f"- and {counted(len(missing) - _NAMED, 'more site')} that could not be compared")
     return [*lines, ""]
@@ -113,7 +113,7 @@ def _table(comparison: Comparison) -> list[str]:
     lines = [
         "<details><summary>Error over noise floor by layer</summary>",
         "",
-        f"| layer | {' | '.join(_code(t) for t in tensors)} |",
+        f"| layer | {' | '.join(code_span(t) for t in tensors)} |",
         f"|--:|{'--:|' * len(tensors)}",
     ]
     body = [_line(row, tensors, comparison) for row in _chosen(rows)]
@@ -141,7 +141,7 @@ def _folded(left: int) -> list[str]:
 def _line(row: Row, tensors: list[str], comparison: Comparison) -> str:
     name = f"{row.stack} {row.layer}" if row.stack else str(row.layer)
     name += f"@{row.call}" if row.call != 1 else ""
-    return f"| {_text(name)} | {' | '.join(_cell(row.sites.get(t), comparison) for t in tensors)} |"
+    return f"| {prose(name)} | {' | '.join(_cell(row.sites.get(t), comparison) for t in tensors)} |"
 
 
 def _cell(site: SiteResult | None, comparison: Comparison) -> str:
@@ -151,25 +151,26 @@ def _cell(site: SiteResult | None, comparison: Comparison) -> str:
     said = error_of(site, comparison.policy)
     if by.ratio is not None and said not in ("equal", "NaN/Inf"):
         said = times(by.ratio)
-    return f"**{said}** {_MARKS[site.verdict]}" if site.verdict != "pass" else said
+    return f"**{said}** {MARKS[site.verdict]}" if site.verdict != "pass" else said
 
 
 def _outputs(sites: list[SiteResult], comparison: Comparison) -> list[str]:
-    lines = [f"- {_code(s.site)} {_cell(s, comparison)}" for s in sites[:_TABLE_ROWS]]
+    lines = [f"- {code_span(s.site)} {_cell(s, comparison)}" for s in sites[:_TABLE_ROWS]]
     return [*lines, ""] if lines else []
 
 
 def _link(comparison: Comparison, link: str) -> str:
-    where = f"[Open the report]({_address(link)})" if link else "The report is `report.html` of this run"
-    command = f"; to reproduce: {_code(comparison.command)}" if comparison.command else ""
+    where = f"[Open the report]({address(link)})" if link else "The report is `report.html` of this run"
+    command = f"; to reproduce: {code_span(comparison.command)}" if comparison.command else ""
     return f"{where}{command}"
 
 
-def _address(link: str) -> str:
+def address(link: str) -> str:
+    """`link` as it may stand in parentheses."""
     return re.sub(r"[\s()<>\\]", lambda m: f"%{ord(m[0]):02X}", link)
 
 
-def _code(text: str) -> str:
+def code_span(text: str) -> str:
     """A code span: nothing in it is markup, nor a mention."""
     text = plain(text).strip().replace("|", "\\|") or " "
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
@@ -177,7 +178,7 @@ def _code(text: str) -> str:
     return f"{fence}{pad}{text}{pad}{fence}"
 
 
-def _text(text: str) -> str:
+def prose(text: str) -> str:
     """Prose in which nothing is markup, HTML or a mention."""
     escaped = _SPECIAL.sub(r"\\\1", html.escape(plain(text), quote=False))
     return escaped.replace("@", "@\u200b")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from divergence.reports import file_name
 from divergence.reports.drawing import house_style, plots
 from divergence.result import Comparison
+from divergence.working import file_name
 
 _DPI = 160
 _UNDATED = {"Date": None}

@@ -11,6 +11,13 @@ from collections.abc import Callable
 # machine take ten times as long as one alone.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+# Before triton is imported, which torch leaves to those who need it: without a device its interpreter runs
+# the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from hypothesis import settings
 

@@ -22,7 +22,6 @@ import pytest
 import divergence
 from divergence import demo
 from divergence.reports import write_all
-from tests.reports.recorded import recorded
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -228,34 +227,6 @@ def test_the_page_of_the_configuration_is_what_the_code_says() -> None:
     """If not: python docs/render_configuration.py."""
     script = runpy.run_path(str(ROOT / "docs" / "render_configuration.py"))
     assert (ROOT / "docs" / "configuration.md").read_text("utf-8") == script["render"]()
-
-
-ENGINES = {
-    "small, fp32": "small-fp32",
-    "small, fp32 with TF32": "small-tf32",
-    "small, fp16": "small-fp16",
-    "small, bf16": "small-bf16",
-    "small, typed fp16": "small-typed_fp16",
-    "full, fp16": "full-fp16",
-}
-
-
-def test_the_figures_of_the_tensorrt_page_are_those_of_the_reports() -> None:
-    text = (ROOT / "docs" / "tensorrt.md").read_text("utf-8")
-    table = text.split("| engine | ms |")[1].split("\n\n")[0]
-    name, rows = "", 0
-    for line in table.splitlines()[2:]:
-        engine, latency, layer, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        name = ENGINES[engine] if engine else name
-        report = recorded(name)
-        if latency:
-            assert latency == f"{report.environment['candidate']['latency_ms']:.2f}"
-        for tensor, cell in zip(("key", "value", "hidden"), cells, strict=True):
-            site = report.site(f"layers.{layer}.{tensor}")
-            figures = f"{site.rel_l2:.1e} / {site.floor:.1e} = {site.ratio:.1f}"
-            assert cell == (f"**{figures}**" if site.verdict == "fail" else figures), site.site
-        rows += 1
-    assert rows == 20
 
 
 def test_documented_files_are_written(project: Path) -> None:

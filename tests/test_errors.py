@@ -12,7 +12,7 @@ def test_all_errors_share_one_base_and_are_in_the_tree() -> None:
         for name, value in vars(errors).items()
         if isinstance(value, type) and issubclass(value, DivergenceError)
     }
-    assert len(named) == 6
+    assert len(named) == 7
     for name in named:
         assert name in (errors.__doc__ or "")
 

@@ -146,3 +146,20 @@ def test_free_memory_is_that_of_the_machine() -> None:
         pytest.skip("this system does not tell")
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     assert 0 < free <= int(lines[0].split()[1]) << 10
+
+
+def test_files_that_a_container_would_give_up_count_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    monkeypatch.setattr(room, "_CGROUPS", ((str(limit), str(used)),))
+    limit.write_text("max\n")
+    used.write_text("900\n")
+    without = room.host_memory()
+    assert without is not None and without > 1000
+    limit.write_text("1000\n")
+    assert room.host_memory() == 100
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 650\nactive_file 50\n")
+    assert room.host_memory() == 750
+    used.write_text("2000\n")
+    assert room.host_memory() == 0

@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from divergence.comparison import kernel, loops
 from divergence.comparison.kernel import Box, Mask, Results
 from divergence.comparison.loops import Pool, Side
 from divergence.comparison.metrics import PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
-from divergence.comparison.views import Form, Operands, operands
+from divergence.comparison.views import Form, Operands, byte_values, operands
 from divergence.errors import AlignmentError
 from divergence.shards import release
 
@@ -37,8 +36,6 @@ BOX = 1 << 20
 
 UNDER_WAY = 32 << 20
 """Most bytes that the results of boxes under way may take."""
-
-Floats32 = np.ndarray[Any, np.dtype[np.float32]]
 
 _LOWS = [loops.REF_LOW, loops.CAND_LOW]
 
@@ -271,7 +268,7 @@ def _kind(dtype: torch.dtype) -> int:
         return _KINDS[dtype]
     if dtype.itemsize == 1:
         try:
-            _table(dtype)
+            byte_values(dtype)
         except RuntimeError:  # packed types have no values of their own
             pass
         else:
@@ -279,19 +276,10 @@ def _kind(dtype: torch.dtype) -> int:
     raise AlignmentError(f"cannot compare tensors of dtype {dtype}; convert them to float32 first")
 
 
-@lru_cache
-def _table(dtype: torch.dtype) -> Floats32:
-    """The values of all 256 bit patterns of a dtype of one byte."""
-    patterns = torch.arange(256, dtype=torch.uint8)
-    values = patterns.ne(0) if dtype is torch.bool else patterns.view(dtype)
-    result: Floats32 = values.to(torch.float32).numpy()
-    return result
-
-
 def _side(tensor: torch.Tensor) -> Side:
     """Where the kernel finds a tensor `[batch, head, token, channel]` on the CPU."""
     kind = _kind(tensor.dtype)
-    table = _table(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
+    table = byte_values(tensor.dtype).ctypes.data if kind == loops.TABLE else 0
     batch, head, token, channel = tensor.stride()
     return Side(tensor.data_ptr(), batch, head, token, channel, kind, tensor.element_size(), table)
 

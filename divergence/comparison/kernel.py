@@ -33,6 +33,7 @@ from divergence.comparison.loops import (
     WIDE,
     WORST,
     WORST_AT,
+    Place,
     Pool,
     Side,
     add,
@@ -148,9 +149,9 @@ def _flush(sums: Any, n: int, pool: Pool, start: int, rows: int, to: Any) -> Non
 
 @njit(**INNER)
 def _book(
-    ref: Any, cand: Any, n: int, place: int, added: Any, gone: Any, exponents: Any, row: Any, to: Any
+    ref: Any, cand: Any, n: int, place: Place, added: Any, gone: Any, exponents: Any, row: Any, to: Any
 ) -> None:
-    """Books what `add` returned for a segment that starts at `place`; `gone`: what `purge` returned."""
+    """Books what `add` returned for a segment at `place`; `gone`: what `purge` returned."""
     absolute, err2, ref2, cand2, dot, top = added
     dropped, kept = gone
     to.found[ABS_SUM] += absolute
@@ -160,19 +161,19 @@ def _book(
     row[3] += cand2
     row[4] += dot
     if top:
-        tally(exponents, n, to.histogram)
+        tally(exponents, n, to.histogram, place)
     else:
         to.histogram[0] += n
     to.counts[DROPPED] += dropped
     error = np.int64(top).view(np.float64)
-    if error > to.found[WORST] or (error == to.found[WORST] and place < to.counts[WORST_AT]):
+    if error > to.found[WORST] or (error == to.found[WORST] and place.number < to.counts[WORST_AT]):
         to.found[WORST] = error
-        to.counts[WORST_AT] = place + (first(ref, cand, n, error) if top else kept)
+        to.counts[WORST_AT] = place.number + (first(ref, cand, n, error) if top else kept)
 
 
 @njit(**INNER)
 def _one_row(
-    ref: Any, cand: Any, spare: Any, n: int, place: int, sums: Any, zero: Any, entry: Any, row: Any, to: Any
+    ref: Any, cand: Any, spare: Any, n: int, place: Place, sums: Any, zero: Any, entry: Any, row: Any, to: Any
 ) -> None:
     """Adds a segment of one row; `spare` is where its values may be written."""
     ref_ok, ref_low, ref_high = survey(ref, n, zero)
@@ -218,7 +219,7 @@ def _segment(
             candidate of the first row, then of the second.
         rows: 0, 1 or 2.
         n: elements of the segment.
-        places: position in the box of each row's first element.
+        places: where the segment stands in each row.
         sums: block of channel sums.
         entry: index of the first channel, and how channels are pooled.
         to: see `_Out`.
@@ -272,8 +273,13 @@ def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, t
     )
     numbers = (_position(i, h, heads, tokens) * channels, _position(last, h, heads, tokens) * channels)
     spare = (base, base + 8 * PLACE, base + 16 * PLACE, base + 24 * PLACE)
+    plain = ref.channel == 1 and cand.channel == 1 and ref.itemsize == cand.itemsize
+    side_by_side = ref.itemsize if plain else 0
     for start in range(0, channels, SEGMENT):
         n = min(SEGMENT, channels - start)
+        beyond = (n * ref.itemsize, n * cand.itemsize)
+        if start + n == channels:  # the rows that are next in turn
+            beyond = ((ref.token * 2 - start) * ref.itemsize, (cand.token * 2 - start) * cand.itemsize)
         r, c = start * ref.channel * ref.itemsize, start * cand.channel * cand.itemsize
         raw = (starts[0] + r, starts[1] + c, starts[2] + r, starts[3] + c)
         if to.counts[DIFFERENT] == 0 and not (
@@ -285,7 +291,10 @@ def _add_rows(box: Box, h: int, i: int, rows: int, base: int, one_block: bool, t
         if rows == 2:
             values = (one, other, load(ref, raw[2], spare[2], n, wide), load(cand, raw[3], spare[3], n, wide))
         sums = at(to.blocks if one_block else to.blocks + 32 * PITCH * (start // SEGMENT), np.float64)
-        places = (numbers[0] + start, numbers[1] + start)
+        places = (
+            Place(numbers[0] + start, raw[0] + beyond[0], raw[1] + beyond[1], side_by_side),
+            Place(numbers[1] + start, raw[2] + beyond[0], raw[3] + beyond[1], side_by_side),
+        )
         entry = (h * channels + start, box.channel)
         if wide:
             _segment(np.float64, values, spare, rows, n, places, sums, entry, to)

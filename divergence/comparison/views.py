@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from divergence.errors import AlignmentError
 if TYPE_CHECKING:
     import torch
 
+    Floats32 = np.ndarray[Any, np.dtype[np.float32]]
     Values = torch.Tensor | np.ndarray[Any, Any]
 
 AXES = ("batch", "head", "token", "channel")
@@ -142,6 +144,21 @@ def _from_numpy(values: np.ndarray[Any, Any] | np.generic) -> torch.Tensor:
     with warnings.catch_warnings():  # a read-only array: torch warns of writing, and nothing here writes
         warnings.simplefilter("ignore", UserWarning)
         return torch.from_numpy(array)
+
+
+@lru_cache
+def byte_values(dtype: torch.dtype) -> Floats32:
+    """The values of all 256 bit patterns of a dtype of one byte.
+
+    Raises:
+        RuntimeError: it has none of its own, like packed types.
+    """
+    import torch
+
+    patterns = torch.arange(256, dtype=torch.uint8)
+    values = patterns.ne(0) if dtype is torch.bool else patterns.view(dtype)
+    result: Floats32 = values.to(torch.float32).numpy()
+    return result
 
 
 @dataclass(frozen=True)

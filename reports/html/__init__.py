@@ -40,19 +40,44 @@ def render_html(comparison: Comparison) -> str:
 
 
 def render_index(
-    entries: Sequence[Mapping[str, Any]], verdict: str, said: str, tally: Mapping[str, int]
+    entries: Sequence[Mapping[str, Any]], verdict: str, said: str, tally: Mapping[str, int], kind: str
 ) -> str:
-    """The page of all comparisons of a test session, as self-contained as that of one.
+    """The page of all comparisons of a test session, or of all pairs, as self-contained as that of one.
 
     Args:
-        entries: as of `divergence.reports.index.entry_of`, in the order to show.
-        verdict: of the session.
+        entries: as of `divergence.reports.index`, in the order to show.
+        verdict: of all.
         said: the verdict in a sentence.
         tally: comparisons by verdict.
+        kind: `session` or `pairs`.
     """
+    brand, noun = _INDEXES[kind]
     return _filled(
-        "index.html.jinja", entries=entries, verdict=verdict, said=said, tally=tally, version=__version__
+        "index.html.jinja",
+        entries=entries,
+        verdict=verdict,
+        said=said,
+        tally=tally,
+        brand=brand,
+        noun=noun,
+        grid=_grid(entries) if kind == "pairs" else None,
+        version=__version__,
     )
+
+
+_INDEXES = {
+    "session": ("all comparisons of a test session", "test"),
+    "pairs": ("all candidates on all samples", "pair"),
+}
+"""What an index of a kind is over, and what it calls a comparison."""
+
+
+def _grid(entries: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Pairs as a table of candidates by samples."""
+    by_place = {(e["name"], e["sample"]): e for e in sorted(entries, key=lambda e: e["number"])}
+    samples = list(dict.fromkeys(sample for _, sample in by_place))
+    names = dict.fromkeys(name for name, _ in by_place)
+    return {"samples": samples, "rows": [(name, [by_place[name, s] for s in samples]) for name in names]}
 
 
 def render_chain_html(chain: Chain) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from divergence.chain_result import Chain
-from divergence.reports import file_name, judged, number
+from divergence.reports import judged, number
 from divergence.reports.chain import chain_rows, latency_of, telling_sites
 from divergence.reports.chart import Scale
 from divergence.reports.drawing.accumulation import series
@@ -26,6 +26,7 @@ from divergence.reports.drawing.style import (
 from divergence.reports.html.svg import embedded
 from divergence.reports.words import error_of
 from divergence.result import Comparison, SiteResult
+from divergence.working import file_name
 
 _COLORS = {
     "cumulative": "blue",

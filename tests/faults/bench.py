@@ -154,6 +154,8 @@ Llama, Gemma and GPT-2 (`tests/faults/models.py`) and small ones from transforme
 it is the first of its site, and in a pair with two faults only if both are. `unknown` is the right answer to
 noise. Written by `python -m tests.faults.bench --write`; torch {torch.__version__.split("+")[0]}, one thread.
 
+What is found in engines whose faults nobody planted: [causes.md](causes.md#on-real-engines).
+
 {summary(rows)}
 
 ## Pair by pair

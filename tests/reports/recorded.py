@@ -9,9 +9,11 @@ from divergence.chain_result import Chain
 from divergence.result import Comparison
 
 FOLDER = Path(__file__).parents[1] / "data" / "tensorrt" / "reports"
-SMALL = ("small-fp32", "small-tf32", "small-fp16", "small-bf16", "small-typed_fp16")
-PAIRS = (*SMALL, "full-fp16")
-CHAIN = "smollm2-fp16"
+PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "typed_fp16")
+SMALL = tuple(f"small-{precision}" for precision in PRECISIONS)
+FULL = tuple(f"full-{precision}" for precision in PRECISIONS)
+PAIRS = (*SMALL, *FULL)
+CHAINS = ("smollm2-fp16", "smollm2-bf16")
 
 
 def recorded(name: str) -> Comparison:
@@ -19,9 +21,14 @@ def recorded(name: str) -> Comparison:
     return Comparison.from_json(text(name), name)
 
 
-def recorded_chain() -> Chain:
-    """The report of SmolLM2's chain."""
-    return Chain.from_json(text(CHAIN), CHAIN)
+def recorded_chain(name: str = "smollm2-fp16") -> Chain:
+    """The report of one of SmolLM2's chains."""
+    return Chain.from_json(text(name), name)
+
+
+def recorded_engine_of(name: str) -> Comparison:
+    """The report of an engine: of a pair that was compared, or the last of a chain."""
+    return recorded_chain(name).comparisons[-1] if name in CHAINS else recorded(name)
 
 
 def text(name: str) -> str:

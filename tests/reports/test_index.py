@@ -48,8 +48,8 @@ def test_what_needs_a_reader_comes_first_and_numbers_count_as_numbers() -> None:
     [
         ([], ("error", "Nothing was compared")),
         (["pass"], ("pass", "All comparisons pass")),
-        (["pass", "error"], ("error", "Questions could not be answered")),
-        (["pass", "error", "fail"], ("fail", "1 of 3 comparisons fails")),
+        (["pass", "error"], ("error", "1 of 2 comparisons could not be answered")),
+        (["pass", "error", "fail"], ("error", "1 of 3 comparisons could not be answered, 1 fails")),
         (["fail", "fail"], ("fail", "2 of 2 comparisons fail")),
     ],
 )

@@ -12,6 +12,7 @@ from benchmarks.tensorrt import gemma
 from divergence.config import Config
 from divergence.pipeline import compare
 from divergence.result import Comparison
+from tests.reports import recorded as reports
 from tests.tensorrt.recorded import recorded_engine
 
 KEYS = tuple(f"layers.{layer}.key" for layer in range(8))
@@ -79,3 +80,19 @@ def test_the_contract_says_where_the_angles_ran(name: str, rotary: str) -> None:
     rows = compared(name).contract["rows"]
     outside = [row for row in rows if row["role"] == "rotary" and not row["module"]]
     assert [row["precision"] for row in outside] == [rotary]
+
+
+@pytest.mark.parametrize("name", ["fp16", "bf16", "typed_fp16"])
+def test_the_recording_says_here_what_its_engine_said_on_the_device(name: str) -> None:
+    """The reference runs on a CPU here and ran on a GPU there: its fp32 differs by rounding alone."""
+    here, there = compared(name), reports.recorded(f"small-{name}")
+    assert [s.site for s in here.sites] == [s.site for s in there.sites]
+    for site in here.sites:
+        then = there.site(site.site)
+        assert site.verdict == then.verdict
+        assert site.rel_l2 == pytest.approx(then.rel_l2, rel=1e-4), site.site
+        assert site.ratio == pytest.approx(then.ratio, rel=0.05), site.site
+    assert [c.id for c in here.causes] == [c.id for c in there.causes]
+    for cause, known in zip(here.causes, there.causes, strict=True):
+        assert cause.explained == pytest.approx(known.explained, abs=1e-5)
+        assert cause.parameters == known.parameters
