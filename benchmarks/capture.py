@@ -15,7 +15,6 @@ import functools
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.support.measure import count_peak_anew, held, seconds
 from benchmarks.tensorrt import gemma
 from divergence.budget import Budget
 from divergence.probes import silent
@@ -79,20 +79,12 @@ def captured(model: nn.Module, inputs: Mapping[str, Tensor], budget: int | None)
         )
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall clock of one run."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def peak(work: Callable[[], Any]) -> float:
     """Most memory that this process holds during `work`, in MiB (Linux)."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier runs have freed would hide what this one takes
-    Path("/proc/self/clear_refs").write_text("5")
+    count_peak_anew()
     work()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 1024
+    return held("VmHWM")
 
 
 def main() -> None:

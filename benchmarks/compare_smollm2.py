@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import functools
 import resource
-import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.support.measure import median_seconds
 from tests import smollm2
 
 RUNS = 3
 TOKENS = 128
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Median wall clock of `work` over `RUNS` runs, after one that is not counted."""
-    taken = []
-    for _ in range(RUNS + 1):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
 
 
 def peak(work: Callable[[], Any]) -> float:
@@ -90,15 +79,15 @@ def main() -> None:
 
         held = session()
         rows = {
-            "PyTorch forward": seconds(plain_torch),
-            "onnxruntime: load": seconds(session),
-            "onnxruntime: run": seconds(functools.partial(plain_onnx, held)),
+            "PyTorch forward": median_seconds(plain_torch, RUNS),
+            "onnxruntime: load": median_seconds(session, RUNS),
+            "onnxruntime: run": median_seconds(functools.partial(plain_onnx, held), RUNS),
         }
         del held
         extra_plain = peak(both)
         plain = sum(rows.values())
         rows["plain, all three"] = plain
-        rows["compare"] = seconds(job)
+        rows["compare"] = median_seconds(job, RUNS)
         extra = peak(job)
     for name, value in rows.items():
         print(f"{name:20} {value:7.2f} s")

@@ -12,13 +12,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.support.measure import count_peak_anew, held, seconds
 from divergence.comparison import compare_tensors
 
 BYTES = 256 << 20
@@ -42,37 +44,15 @@ def pair(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return ref.to(dtype), cand.to(dtype)
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Wall clock of one run."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def resident() -> float:
-    """Memory that this process holds, in MiB; `peak` counts anew from here (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def peak() -> float:
-    """Most memory that this process has held since `resident`, in MiB."""
-    return _status("VmHWM")
-
-
-def _status(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 1024
-
-
 def large() -> None:
     """Prints the table of large tensors."""
     tensors = {str(d).removeprefix("torch."): pair(d) for d in (torch.float32, torch.bfloat16, torch.float16)}
     ref, cand = tensors["float32"]
     compare_tensors(ref[:, :1], cand[:, :1])
-    before = resident()
+    count_peak_anew()
+    before = held("VmRSS")
     compare_tensors(ref, cand)
-    extra = peak() - before
+    extra = held("VmHWM") - before
     jobs: dict[str, Callable[[], Any]] = {"torch.sum of both, float32": lambda: (ref.sum(), cand.sum())}
     for name, (one, other) in tensors.items():
         jobs[f"compare, {name}"] = lambda one=one, other=other: compare_tensors(one, other)  # type: ignore[misc]
@@ -102,10 +82,11 @@ def polygraphy(ref: torch.Tensor, cand: torch.Tensor, ours: float) -> None:
     one, other = (
         IterationResult(outputs={"x": t.numpy()}, runner_name=n) for t, n in ((ref, "a"), (cand, "b"))
     )
-    before = resident()
+    count_peak_anew()
+    before = held("VmRSS")
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         theirs = seconds(lambda: CompareFunc.simple()(one, other))
-    extra = peak() - before
+    extra = held("VmHWM") - before
     print(f"polygraphy, simple: {theirs:.1f} s, {theirs / ours:.0f} times ours, {extra:.0f} MiB beside")
 
 

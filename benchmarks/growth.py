@@ -7,10 +7,8 @@ stands the plain forward pass that it contains twice.
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
+from benchmarks.support.measure import median_seconds
 from divergence.comparison import compare_tensors
 from divergence.config import Config
 from divergence.demo import DemoConfig, DemoDecoder, inputs
@@ -28,16 +27,6 @@ RUNS = 3
 BASE = DemoConfig(layers=6, hidden=256, query_heads=8, mlp=512)
 TOKENS = 256
 GAIN = 1.05
-
-
-def seconds(work: Callable[[], Any], runs: int = RUNS) -> float:
-    """Median wall clock over `runs` runs, after one that is not counted."""
-    taken = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken[1:])
 
 
 def models() -> Iterator[tuple[str, DemoConfig, int]]:
@@ -69,9 +58,9 @@ def of_models() -> None:
             result = compare(model, cand, given, config=Config(), precision="fp32")
             assert result.verdict == verdict, result.reason
 
-        forward = seconds(plain)
-        passes = seconds(lambda clean=clean: pair(clean, "pass"))  # type: ignore[misc]
-        fails = seconds(lambda faulty=faulty: pair(faulty, "fail"))  # type: ignore[misc]
+        forward = median_seconds(plain, RUNS)
+        passes = median_seconds(lambda clean=clean: pair(clean, "pass"), RUNS)  # type: ignore[misc]
+        fails = median_seconds(lambda faulty=faulty: pair(faulty, "fail"), RUNS)  # type: ignore[misc]
         row = f"{forward * 1e3:9.1f} {passes * 1e3:9.1f} {fails * 1e3:9.1f} {passes / forward / 2:19.1f}"
         print(f"{name:14} {row}", flush=True)
 
@@ -82,7 +71,7 @@ def of_tensors() -> None:
     for mib in (1, 4, 16, 64, 256):
         ref = torch.randn(1, mib * 64, 4096, generator=torch.Generator().manual_seed(0))
         cand = ref + 1e-3
-        took = seconds(lambda ref=ref, cand=cand: compare_tensors(ref, cand), runs=7)  # type: ignore[misc]
+        took = median_seconds(lambda ref=ref, cand=cand: compare_tensors(ref, cand), 7)  # type: ignore[misc]
         print(f"{mib:12} {took * 1e3:14.2f} {2 * mib * 2**20 / took / 1e9:8.1f}", flush=True)
 
 

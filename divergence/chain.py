@@ -7,7 +7,7 @@ candidate is compared with the reference, and, capture against capture, with the
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +17,6 @@ from divergence.chain_result import Chain, Difference, Step
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError
 from divergence.pipeline import Job, timed
-from divergence.precision import check_precision
 from divergence.prepared import Reference, prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict
@@ -64,10 +63,10 @@ def compare_chain(
         DivergenceError: there is no candidate, or the reference cannot be run.
     """
     started = time.monotonic()
-    labels = _labels(cands, names)
+    labels = labels_of(cands, names, "compare_chain")
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None,
+        precision,
         detail,
         replay,
         floor,
@@ -119,15 +118,23 @@ def _compared(cand: object, label: str, job: Job) -> Link:
     try:
         return Link(label, timed(job.run(cand), started), job)
     except DivergenceError as error:
-        tolerance = job.tolerance
-        failed = Comparison.unanswered(
-            str(error),
-            reference=job.reference.facts.source,
-            candidate=str(cand) if isinstance(cand, str | Path) else label,
-            policy=Policy(tolerance.policy, tolerance.ratio, sites=tolerance.sites),
-            command=job.options.command,
+        failed = unanswered(
+            str(error), cand, label, job.reference.facts.source, job.tolerance, job.options.command
         )
         return Link(label, failed, None)
+
+
+def unanswered(
+    reason: str, cand: object, label: str, reference: str, tolerance: Tolerance, command: str
+) -> Comparison:
+    """The comparison of a candidate, called `label`, that could not be made."""
+    return Comparison.unanswered(
+        reason,
+        reference=reference,
+        candidate=str(cand) if isinstance(cand, str | Path) else label,
+        policy=Policy(tolerance.policy, tolerance.ratio, sites=tolerance.sites),
+        command=command,
+    )
 
 
 def _steps(reference: Reference, links: Sequence[Link], tolerance: Tolerance) -> tuple[Step, ...]:
@@ -205,17 +212,36 @@ def _in_a_word(step: Step) -> str:
     return step.site or "none"
 
 
-def _labels(cands: Sequence[object], names: Sequence[str]) -> tuple[str, ...]:
-    """A label for each candidate, none of them twice."""
-    if isinstance(cands, str | Path) or not isinstance(cands, Sequence):
-        raise ConfigurationError("a chain takes a list of candidates; give one with [...] or use compare")
-    if not cands:
-        raise ConfigurationError("a chain needs at least one candidate; give it in the order of its steps")
-    if names and (len(names) != len(cands) or len(set(names)) != len(names)):
+def labels_of(
+    things: Sequence[object],
+    names: Sequence[str],
+    function: str,
+    what: str = "candidate",
+    label: Callable[[object], str] | None = None,
+) -> tuple[str, ...]:
+    """A label for each of several things, none of them twice.
+
+    Args:
+        things: sources or samples.
+        names: the labels, if they are given.
+        function: that was given them, for messages.
+        what: what one of them is called.
+        label: the label of one; by default `short`.
+
+    Raises:
+        ConfigurationError: there are none, or the labels do not fit.
+    """
+    if isinstance(things, str | Path) or not isinstance(things, Sequence):
         raise ConfigurationError(
-            f"{len(names)} names for {len(cands)} candidates: give each a name, and none twice"
+            f"{function} takes a list of {what}s; give one with [...] or use divergence.compare"
         )
-    return tuple(names) or distinct([short(cand) for cand in cands])
+    if not things:
+        raise ConfigurationError(f"{function} needs at least one {what}")
+    if names and (len(names) != len(things) or len(set(names)) != len(names)):
+        raise ConfigurationError(
+            f"{len(names)} names for {len(things)} {what}s: give each a name, and none twice"
+        )
+    return tuple(names) or distinct([(label or short)(thing) for thing in things])
 
 
 def distinct(labels: Sequence[str]) -> tuple[str, ...]:

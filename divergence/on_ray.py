@@ -30,7 +30,7 @@ from divergence.pairs import STAGE, Answer, Work, reason_of
 from divergence.probes import Progress
 from divergence.result import Comparison
 from divergence.setting import Inputs, read_inputs
-from divergence.sources import ENGINE_SUFFIXES
+from divergence.sources import is_engine, settings_of
 
 ATTEMPTS = 3
 """How often a pair is tried whose worker is lost."""
@@ -212,11 +212,9 @@ def _answered(
 
 def _needs_gpu(cand: object, work: Work) -> bool:
     """Whether a candidate is known to run on a GPU; of a function that loads a model nobody knows."""
-    if isinstance(cand, str | Path):
-        settings = work.config.sources.get(str(cand))
-        path = settings.path if settings and settings.path else str(cand)
-        provider = settings.provider if settings and settings.provider else ""
-        return Path(path).suffix in ENGINE_SUFFIXES or provider.startswith(("CUDA", "Tensorrt"))
+    settings = settings_of(cand, work.config)
+    if settings is not None:
+        return is_engine(settings) or (settings.provider or "").startswith(("CUDA", "Tensorrt"))
     parameters = getattr(cand, "parameters", lambda: ())
     return any(parameter.is_cuda for parameter in parameters())
 

@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from divergence.chain import distinct, short
+from divergence.chain import labels_of, short, unanswered
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError, one_line
 from divergence.pairs_result import PairResult, Pairs
 from divergence.pipeline import Job, timed
-from divergence.precision import check_precision
 from divergence.prepared import prepared
 from divergence.probes import Progress, silent
-from divergence.result import Comparison, Policy
+from divergence.result import Comparison
 from divergence.setting import Inputs, Options
 from divergence.sources import open_source
 from divergence.working import file_name
@@ -89,7 +88,7 @@ def compare_pairs(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None,
+        precision,
         detail,
         replay,
         floor,
@@ -98,9 +97,10 @@ def compare_pairs(
         engine,
         diagnose,
     )
-    labels = _labels(cands, names, "candidate")
+    labels = labels_of(cands, names, "compare_pairs", label=_label)
     given: Sequence[Inputs | str | None] = [None] if inputs == () else inputs
-    sample_labels = _labels([config.inputs or "inputs"] if inputs == () else inputs, samples, "sample")
+    asked = [config.inputs or "inputs"] if inputs == () else inputs
+    sample_labels = labels_of(asked, samples, "compare_pairs", "sample", _label)
     work = Work(
         ref,
         tuple(cands),
@@ -198,13 +198,13 @@ class Work:
 
     def unanswered(self, number: int, reason: str, reference: str = "") -> Comparison:
         """The answer to a question that has none."""
-        cand = self.cands[number]
-        return Comparison.unanswered(
+        return unanswered(
             reason,
-            reference=reference or self.reference,
-            candidate=str(cand) if isinstance(cand, str | Path) else self.labels[number],
-            policy=Policy(self.tolerance.policy, self.tolerance.ratio, sites=self.tolerance.sites),
-            command=self.options.command,
+            self.cands[number],
+            self.labels[number],
+            reference or self.reference,
+            self.tolerance,
+            self.options.command,
         )
 
 
@@ -230,16 +230,6 @@ def _here(
         folder = keep / f"sample-{sample + 1}" if keep is not None else None
         for number, comparison in opened.answers(inputs, numbers, folder, progress):
             yield sample, number, comparison
-
-
-def _labels(things: Sequence[object], given: Sequence[str], what: str) -> tuple[str, ...]:
-    if isinstance(things, str | Path) or not isinstance(things, Sequence):
-        raise ConfigurationError(f"pairs take a list of {what}s; give one with [...] or use compare")
-    if not things:
-        raise ConfigurationError(f"pairs need at least one {what}")
-    if given and (len(given) != len(things) or len(set(given)) != len(given)):
-        raise ConfigurationError(f"{len(given)} names for {len(things)} {what}s: give each one, none twice")
-    return tuple(given) or distinct([_label(thing) for thing in things])
 
 
 def _label(thing: object) -> str:

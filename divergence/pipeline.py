@@ -18,7 +18,6 @@ from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
 from divergence.masks import valid_tokens
 from divergence.noise import Floor
-from divergence.precision import check_precision
 from divergence.prepared import Reference, floors_of, prepared
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
@@ -95,7 +94,7 @@ def compare(
     started = time.monotonic()
     config = load_config() if config is None else config
     options = Options(
-        check_precision(precision) if precision else None,
+        precision,
         detail,
         replay,
         floor,

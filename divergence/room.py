@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from divergence.sources import ENGINE_SUFFIXES, settings_of
+from divergence.sources import MODEL_SUFFIXES, is_engine, settings_of
 
 if TYPE_CHECKING:
     from divergence.config import Config
@@ -61,7 +61,7 @@ def weights_of(source: object, config: Config) -> int | None:
     if settings is None or settings.path is None:
         return None
     path = Path(settings.path)
-    if path.suffix != ".onnx" and path.suffix not in ENGINE_SUFFIXES:
+    if path.suffix not in MODEL_SUFFIXES:
         return None
     try:
         beside = path.parent.glob(f"{path.stem}*") if path.suffix == ".onnx" else [path]
@@ -93,8 +93,7 @@ def make_room(reference: PyTorchProbe, source: object, config: Config) -> bool:
         return not reference.loaded
     on_device = reference.on_cuda
     size = reference.nbytes if settings.model is not None else weights_of(source, config)
-    runs_on_device = settings.model is None and Path(settings.path or "").suffix in ENGINE_SUFFIXES
-    if size is None or (settings.model is None and runs_on_device != on_device):
+    if size is None or (settings.model is None and is_engine(settings) != on_device):
         return False
     free = device_memory() if on_device else host_memory()
     if free is None or size <= SHARE * free or not reference.release():

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from divergence.budget import Budget
@@ -15,6 +14,7 @@ from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import InputError
 from divergence.inputs import digest, load_inputs, token_masks
+from divergence.precision import check_precision
 from divergence.probes import Probe, Progress
 from divergence.probes.recorded import RecordedProbe
 from divergence.recording import Arrived, CaptureWriter
@@ -32,7 +32,11 @@ Inputs = Mapping[str, "torch.Tensor"]
 
 @dataclass(frozen=True)
 class Options:
-    """Choices of a comparison; see `compare`."""
+    """Choices of a comparison; see `compare`.
+
+    Raises:
+        ConfigurationError: there is no such precision.
+    """
 
     precision: str | None = None
     detail: bool = False
@@ -43,6 +47,10 @@ class Options:
     engine: EngineOptions | None = None
     diagnose: bool = True
     repro: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision:
+            check_precision(self.precision)
 
     @property
     def under_way(self) -> int:
@@ -134,8 +142,6 @@ def getting_ready(
         with it is raised by whoever takes it.
     """
     early: dict[str, Future[Probe]] = {}
-    kernel = Thread(target=_load_kernel, name="load-kernel", daemon=True)
-    kernel.start()
     files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
     if files and fits_twice(files[0], config):
         pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
@@ -144,20 +150,9 @@ def getting_ready(
     try:
         yield early
     finally:
-        kernel.join()
         for future in early.values():
             if not future.cancel() and future.exception() is None:
                 getattr(_inner(future.result()), "close", lambda: None)()
-
-
-def _load_kernel() -> None:
-    """Loads the compiled comparison, which takes half a second, before the first tensor waits for it."""
-    import numpy as np
-
-    from divergence.comparison import compare_tensors
-
-    with contextlib.suppress(Exception):  # whoever compares first is told
-        compare_tensors(np.zeros(1, np.float32), np.ones(1, np.float32))
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from divergence.probes.tensorrt.options import EngineOptions
 
 ENGINE_SUFFIXES = (".plan", ".engine", ".trt")
+MODEL_SUFFIXES = (".onnx", *ENGINE_SUFFIXES)
 
 
 def open_source(
@@ -80,9 +81,17 @@ def settings_of(source: object, config: Config) -> SourceConfig | None:
 
 def is_runtime_file(source: str | Path, config: Config) -> bool:
     """Whether `source` names an ONNX file or a TensorRT engine, which take a while to load."""
-    settings = config.sources.get(str(source))
-    path = Path(settings.path) if settings and settings.path else Path(source)
-    return path.suffix in (".onnx", *ENGINE_SUFFIXES) and not (settings and settings.model)
+    settings = settings_of(source, config)
+    return settings is not None and not settings.model and _suffix(settings) in MODEL_SUFFIXES
+
+
+def is_engine(settings: SourceConfig) -> bool:
+    """Whether a source is a TensorRT engine."""
+    return not settings.model and _suffix(settings) in ENGINE_SUFFIXES
+
+
+def _suffix(settings: SourceConfig) -> str:
+    return Path(settings.path or "").suffix
 
 
 def _from_text(name: str, config: Config) -> SourceConfig:
@@ -94,8 +103,8 @@ def _from_text(name: str, config: Config) -> SourceConfig:
             "divergence.toml, or name the function as pytorch:FILE.py:FUNC"
         )
     path = Path(name)
-    known = (".onnx", *ENGINE_SUFFIXES, ".capture")
-    if "://" in name or path.suffix in known or path.exists() or partial_of(path).exists():
+    known = "://" in name or path.suffix in (*MODEL_SUFFIXES, ".capture")
+    if known or path.exists() or partial_of(path).exists():
         return SourceConfig(path=name)
     raise SourceError(
         f"{name}: no such file, and no source of that name in the configuration"
@@ -115,9 +124,11 @@ def _open(
         return _pytorch(name, settings, config)
     if settings.path is None:
         raise ConfigurationError(f"source '{name}': give it a model or a path")
-    if "://" in settings.path:
-        return _remote(name, settings, config, reference, memory, engine)
-    path = Path(settings.path)
+    path = _on_disk(settings.path)
+    if path is None:
+        from divergence.probes.recorded import RecordedProbe
+
+        return RecordedProbe(settings.path)
     if path.suffix in ENGINE_SUFFIXES:
         from divergence.probes.tensorrt.probe import TensorRTProbe
 
@@ -138,25 +149,18 @@ def _open(
     )
 
 
-def _remote(
-    name: str,
-    settings: SourceConfig,
-    config: Config,
-    reference: Capture | None,
-    memory: int,
-    engine: EngineOptions | None,
-) -> Probe:
-    """What lies at a URL: a capture, or, of `file://`, anything."""
-    from divergence.probes.recorded import RecordedProbe
+def _on_disk(path: str) -> Path | None:
+    """Where a source lies on the disk; None for what lies at a URL, which can only be a capture."""
+    if "://" not in path:
+        return Path(path)
     from divergence.storage import located
 
-    assert settings.path is not None
-    place = located(settings.path)
+    place = located(path)
     if isinstance(place, Path):
-        return _open(name, replace(settings, path=str(place)), config, reference, memory, engine)
-    if Path(place).suffix in (".onnx", *ENGINE_SUFFIXES):
+        return place
+    if Path(place).suffix in MODEL_SUFFIXES:
         raise SourceError(f"{place}: only captures and inputs are read from a URL; copy the model here")
-    return RecordedProbe(place)
+    return None
 
 
 def _engine_options(settings: SourceConfig, given: EngineOptions | None) -> EngineOptions:

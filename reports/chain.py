@@ -15,7 +15,7 @@ from divergence.reports.chart import Scale, bar
 from divergence.reports.layers import Fold, Row, grouped
 from divergence.reports.page import Page
 from divergence.reports.table import CELL, GAP, MAIN, MARK_STYLES, cell
-from divergence.reports.terminal import STYLES, WORDS
+from divergence.reports.terminal import WORDS, headline
 from divergence.result import Comparison, Policy, SiteResult
 from divergence.sites import LAYER_TENSORS
 
@@ -34,8 +34,7 @@ def render_chain(chain: Chain, *, width: int = 100, color: bool = False, ascii: 
         ascii: with ASCII characters only.
     """
     page = Page(width=width, color=color, ascii_only=ascii)
-    lead = Text(WORDS[chain.verdict], STYLES[chain.verdict]) + Text("  ")
-    page.text(chain.reason, "bold", indent=lead.cell_len, lead=lead)
+    headline(page, chain.verdict, chain.reason)
     _steps(page, chain.steps)
     _candidates(page, chain)
     shown = {n: c for n, c in zip(chain.names, chain.comparisons, strict=True) if c.sites}

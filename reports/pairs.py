@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.text import Text
-
 from divergence.pairs_result import PairResult, Pairs
 from divergence.reports import number
 from divergence.reports.assertion import figures
@@ -13,7 +11,7 @@ from divergence.reports.chain import write_row
 from divergence.reports.markdown import MARKS, address, code_span, prose
 from divergence.reports.page import Page
 from divergence.reports.table import MARK_STYLES
-from divergence.reports.terminal import STYLES, WORDS
+from divergence.reports.terminal import headline
 from divergence.reports.words import first_site
 from divergence.result import Comparison
 
@@ -31,8 +29,7 @@ def render_pairs(pairs: Pairs, *, width: int = 100, color: bool = False, ascii: 
         ascii: with ASCII characters only.
     """
     page = Page(width=width, color=color, ascii_only=ascii)
-    lead = Text(WORDS[pairs.verdict], STYLES[pairs.verdict]) + Text("  ")
-    page.text(pairs.reason, "bold", indent=lead.cell_len, lead=lead)
+    headline(page, pairs.verdict, pairs.reason)
     page.section("Pairs", "candidates by samples; where one fails, its first divergence")
     columns = max(1, (page.width - 2 - _NAME) // _CELL)
     for start in range(0, len(pairs.samples), columns):

@@ -105,10 +105,14 @@ def render_error(message: str, *, color: bool = False, ascii: bool = False) -> s
     return line if not color else f"\x1b[1;33m{WORDS['error']}\x1b[0m{line.removeprefix(WORDS['error'])}"
 
 
+def headline(page: Page, verdict: str, reason: str) -> None:
+    """The verdict in a word, and why."""
+    lead = Text(WORDS[verdict], STYLES[verdict]) + Text("  ")
+    page.text(reason, "bold", indent=lead.cell_len, lead=lead)
+
+
 def _verdict(page: Page, comparison: Comparison) -> None:
-    word = WORDS[comparison.verdict]
-    lead = Text(word, STYLES[comparison.verdict]) + Text("  ")
-    page.text(comparison.reason or _default_reason(comparison), "bold", indent=lead.cell_len, lead=lead)
+    headline(page, comparison.verdict, comparison.reason or _default_reason(comparison))
     page.styled(Text(""))
     policy = comparison.policy
     page.pairs(

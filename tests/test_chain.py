@@ -333,10 +333,16 @@ def test_what_cannot_be_judged_is_an_error_of_the_step() -> None:
 
 
 def test_labels_are_short_and_different(tmp_path: Path) -> None:
-    from divergence.chain import _labels
+    from divergence.chain import labels_of
 
     cands = ["pytorch:model.py:wrapper", "a/model.onnx", Path("b/model.onnx"), "engine", nn.Linear(1, 1)]
-    assert _labels(cands, ()) == ("wrapper", "model.onnx", "model.onnx#2", "engine", "Linear")
+    assert labels_of(cands, (), "compare_chain") == (
+        "wrapper",
+        "model.onnx",
+        "model.onnx#2",
+        "engine",
+        "Linear",
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,24 +17,10 @@ from divergence.captures import open_capture
 from divergence.pipeline import record
 from divergence.probes import silent
 from divergence.probes.pytorch import PyTorchProbe
+from tests import model_file
 from tests.models import inputs_for, llama
 
-MODEL = """
-import torch
-from tests.models import llama
-
-def load():
-    return llama()
-
-def faulty():
-    model = llama()
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.self_attn.v_proj").weight.mul_(1.02)
-    return model
-
-def raises():
-    raise ValueError("no weights here")
-
+MODEL = f"""{model_file.MODEL}
 def text():
     return "model"
 

@@ -30,25 +30,9 @@ from divergence.reports.index import entries_of
 from divergence.reports.pairs import render_pairs, render_pairs_markdown
 from divergence.result import Comparison
 from divergence.verdict import of_several
+from tests.model_file import MODEL
 from tests.models import inputs_for, llama
 from tests.reports import cases
-
-MODEL = """
-import torch
-from tests.models import llama
-
-def load():
-    return llama()
-
-def faulty():
-    model = llama()
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.self_attn.v_proj").weight.mul_(1.02)
-    return model
-
-def raises():
-    raise ValueError("no weights here")
-"""
 
 
 def sample(tokens: int) -> dict[str, torch.Tensor]:

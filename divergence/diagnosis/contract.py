@@ -27,6 +27,8 @@ def contract_of(facts: RunFacts) -> Mapping[str, Any]:
 def ran_in(facts: RunFacts, role: str) -> Iterator[str]:
     """A sentence for every half precision that operators of `role` ran in: where, inside which kernel, and
     what the graph asks for instead."""
+    from divergence.probes.tensorrt.clauses import short
+
     by_precision: dict[str, list[Mapping[str, Any]]] = {}
     for row in _rows(facts):
         precision = _HALF.get(str(row.get("precision", "")))
@@ -39,13 +41,8 @@ def ran_in(facts: RunFacts, role: str) -> Iterator[str]:
         asked = sorted({str(row["asked"]) for row in rows if row.get("asked")} - {own})
         wanted = f" though the graph asks for {' and '.join(asked)}" if asked else ""
         kernel = next((str(name) for row in rows for name in row.get("kernels", ())), "")
-        inside = f", inside {shortened(kernel)}" if kernel else ""
+        inside = f", inside {short(kernel)}" if kernel else ""
         yield f"the engine ran its {role} in {precision}{wanted}: {', '.join(places[:_PLACES])}{more}{inside}"
-
-
-def shortened(name: str, length: int = 48) -> str:
-    """`name`, cut where it is longer than `length`: generated kernels are named after all they do."""
-    return name if len(name) <= length else f"{name[: length - 3]}..."
 
 
 def accumulators(facts: RunFacts) -> Iterator[str]:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from divergence.comparison import compare_tensors, cpu
 from divergence.comparison.metrics import Metrics, reference_metrics
 from divergence.errors import AlignmentError
+from tests.comparison.patterns import BYTES, INTEGERS, reads_every_byte, reads_extremes
 from tests.comparison.test_kernel import assert_same_bits, noisy
 from tests.comparison.test_properties import assert_same
 from tests.strategies import DTYPES, SETTINGS, Case, cases
@@ -141,25 +142,16 @@ def test_every_bit_pattern_of_two_bytes(dtype: torch.dtype) -> None:
     assert compare(values, values.clone()).bit_equal
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.int8, torch.uint8]
-)
+@pytest.mark.parametrize("dtype", BYTES)
 def test_every_bit_pattern_of_one_byte(dtype: torch.dtype) -> None:
     """As torch reads them."""
-    values = torch.arange(256, dtype=torch.uint8).view(dtype)
-    m = compare(values, values.double())
-    assert (m.max_abs, m.ref_nonfinite) == (0, int((~values.double().isfinite()).sum()))
+    reads_every_byte(compare, dtype)
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
-)
+@pytest.mark.parametrize("dtype", INTEGERS)
 def test_extremes_of_integers(dtype: torch.dtype) -> None:
     """As float64 holds them."""
-    ends = torch.iinfo(dtype)
-    values = torch.from_numpy(np.array([ends.min, ends.max, 1], dtype=str(dtype).removeprefix("torch.")))
-    m = compare(values, torch.zeros(3))
-    assert (m.ref_min, m.ref_max) == (float(ends.min), float(ends.max))
+    reads_extremes(compare, dtype)
 
 
 def test_zeros_of_both_signs_are_not_the_same_bits() -> None:
