@@ -165,9 +165,18 @@ def command(project: Path, *args: str) -> subprocess.Popen[str]:
     )
 
 
-def sessions() -> set[str]:
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What commands take for the folder of temporary files: other tests start Rays at the same time."""
+    # A short path: see `_LONGEST_FOLDER`.
+    with tempfile.TemporaryDirectory(prefix="d-", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def sessions(temporary: Path) -> set[str]:
     """Folders of the Rays that divergence has started."""
-    return {p.name for folder in {tempfile.gettempdir(), "/tmp"} for p in Path(folder).glob("ray-*")}  # noqa: S108 (looks only)
+    return {path.name for path in temporary.glob("ray-*")}
 
 
 def running(names: set[str]) -> list[str]:
@@ -177,38 +186,36 @@ def running(names: set[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_command_starts_a_ray_ends_it_and_is_quiet(here: Path) -> None:
-    before = sessions()
+def test_the_command_starts_a_ray_ends_it_and_is_quiet(here: Path, temporary: Path) -> None:
     (here / "armed").write_text("once")
     process = command(
         here, "--cand", "clean.onnx", "--cand", "pytorch:model.py:interrupted", "--ray", "local:2"
     )
     started: set[str] = set()
     while process.poll() is None:
-        started |= sessions() - before
+        started |= sessions(temporary)
         time.sleep(0.05)
     out, err = process.communicate()
     assert process.returncode == 1, err
     assert "2 of 4 pairs fail" in out and "2 workers, 4 tasks, 1 lost" in out and "raylet" not in out
     stages = ("starting Ray: ", "comparing pairs: ")
     assert all(line.startswith(stages) for line in err.splitlines()), err
-    assert started and not (sessions() & started) and not running(started)
+    assert started and not sessions(temporary) and not running(started)
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_leaves_no_ray_behind(here: Path) -> None:
-    before = sessions()
+def test_an_interrupted_command_leaves_no_ray_behind(here: Path, temporary: Path) -> None:
     process = command(here, *["--cand", "pytorch:model.py:load"] * 40, "--ray", "local:2", "--out", "stopped")
     started: set[str] = set()
     while len(list((here / "stopped").glob("*/report.json"))) < 2:  # so that the first is done with
         assert process.poll() is None, process.communicate()
-        started |= sessions() - before
+        started |= sessions(temporary)
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err.splitlines()[-1].endswith(" are in stopped, without an index")
-    assert started and not (sessions() & started) and not running(started)
+    assert started and not sessions(temporary) and not running(started)
 
 
 @pytest.mark.slow

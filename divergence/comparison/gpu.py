@@ -37,8 +37,8 @@ SUMS_BYTES = 32
 LEAST_DEPTH = 16
 """Least rows of a program by default: each writes sums of its columns."""
 
-REGISTERS = 255
-"""Of a thread; a multiprocessor has 2^16, and runs as many threads as these are enough for."""
+END_ROWS = 24
+"""What the end of a strip costs, in rows of it."""
 
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
@@ -69,6 +69,8 @@ class Tiling:
         rows: that are worked on at a time: 1, 2 or 4.
         depth: rows of a program, a multiple of `rows`; 0 for as many as share the rows out evenly.
         bits: of the words that errors are counted in, 32 or 64.
+        ahead: rows that are read before they are worked on.
+        registers: of a thread; a multiprocessor has 2^16, and runs as many threads as these are enough for.
     """
 
     threads: int
@@ -76,6 +78,8 @@ class Tiling:
     rows: int
     depth: int
     bits: int
+    ahead: int = 2
+    registers: int = 168
 
     @property
     def width(self) -> int:
@@ -164,8 +168,8 @@ class _Matrix:
         self.rows = self.batch * self.tokens
         self.columns = self.heads * self.channels
         self.same_dtype = ref.dtype == cand.dtype
-        # Threads and columns correspond where both sides are read alike; its code is NVIDIA's.
-        self.exchange = (
+        # Threads and columns correspond where both sides are read alike.
+        self.native = (
             self.device.type == "cuda"
             and torch.version.hip is None
             and ref.element_size() == cand.element_size()
@@ -237,19 +241,18 @@ class _Plan:
 
     @classmethod
     def of(cls, matrix: _Matrix, tiling: Tiling, memory: tuple[int, int]) -> _Plan:
-        """Launches whose partial sums fit into memory, each of about as many programs as the device holds."""
+        """Launches whose partial sums fit into memory."""
         for_rows, for_columns = (most // SUMS_BYTES for most in memory)
         width = tiling.width
         columns = min(matrix.columns, max(1, for_columns // width) * width)
         strips = -(-columns // width)
-        most = max(tiling.rows, for_rows // (strips * tiling.threads // 32))
-        count = -(-matrix.rows // most)
-        rows = -(-matrix.rows // count)
-        blocks = max(1, min(_resident(matrix.device, tiling.threads) // strips, for_columns // columns))
-        depth = tiling.depth or max(LEAST_DEPTH, -(-rows // blocks))
-        depth = min(depth, kernel.MOST_COUNTED // tiling.run)
+        most = max(tiling.rows, for_rows // strips)
+        rows = -(-matrix.rows // -(-matrix.rows // most))
+        most_blocks = max(1, for_columns // columns)
+        depth = tiling.depth or _depth(rows, strips, most_blocks, _resident(matrix.device, tiling))
+        depth = min(depth, kernel.MOST_COUNTED // tiling.run // tiling.rows * tiling.rows)
         depth = -(-depth // tiling.rows) * tiling.rows
-        step = depth * max(1, min(-(-rows // depth), for_columns // columns))
+        step = depth * max(1, min(-(-rows // depth), most_blocks))
         launches = []
         number = 0
         for row, column in itertools.product(range(0, matrix.rows, step), range(0, matrix.columns, columns)):
@@ -266,6 +269,18 @@ class _Plan:
     def programs(self) -> int:
         """Of all launches."""
         return self.launches[-1].first + self.launches[-1].programs
+
+
+def _depth(rows: int, strips: int, most_blocks: int, resident: int) -> int:
+    """Rows of a program with which all are done soonest, if `resident` programs run at a time."""
+    whole = (max(1, times * resident // strips) for times in range(1, 9))
+    depths = {max(LEAST_DEPTH, -(-rows // min(blocks, most_blocks))) for blocks in whole}
+
+    def seconds(depth: int) -> int:
+        programs = -(-rows // depth) * strips
+        return -(-programs // resident) * (depth + END_ROWS)
+
+    return min(depths, key=lambda depth: (seconds(depth), depth))
 
 
 class _Axis:
@@ -295,8 +310,9 @@ class Results:
     """What is found, in one buffer on the device.
 
     Attributes:
-        buffer: `[words]` int64: the histogram, members of each axis that were not compared, integers and
-            floats of each program (see `triton_parts.FLOATS`), and the sums of each axis, float64.
+        buffer: `[words]` int64: the histogram, members of each axis that were not compared, the upper half of
+            the largest error so far, integers and floats of each program (see `triton_parts.FLOATS`), and the
+            sums of each axis, float64.
         parts: views of these.
     """
 
@@ -306,7 +322,7 @@ class Results:
         self.channel = _Axis(matrix.columns, entries, 1)
         self.head = _Axis(matrix.heads, entries, matrix.channels)
         axes = (self.token, self.channel, self.head)
-        sizes = [EXPONENTS, *(axis.entries for axis in axes)]
+        sizes = [EXPONENTS, *(axis.entries for axis in axes), 1]
         sizes += [plan.programs * kernel.INTEGERS.value, plan.programs * kernel.FLOATS.value]
         sizes += [4 * axis.entries for axis in axes]
         # Even numbers of words: addresses stay multiples of 16.
@@ -319,17 +335,16 @@ class Results:
         """Views of the buffer or of its copy."""
         starts = [0, *self.ends]
         parts = [buffer[start : start + size] for start, size in zip(starts, self.sizes, strict=False)]
-        return parts[:5] + [part.view(torch.float64) for part in parts[5:]]
+        return parts[:6] + [part.view(torch.float64) for part in parts[6:]]
 
     def run(self, launch: _Launch) -> None:
         """Goes over a part of the matrix."""
         matrix, tiling = self.matrix, self.plan.tiling
-        histogram, token_lost, channel_lost, head_lost, integers, floats, token, channel, head = self.parts(
+        histogram, token_lost, channel_lost, head_lost, peak, integers, floats, token, channel, head = self.parts(
             self.buffer
         )
         blocks, strips = -(-len(launch.rows) // tiling.depth), -(-len(launch.columns) // tiling.width)
-        warps = strips * tiling.threads // 32
-        rows = len(launch.rows) * warps
+        rows = len(launch.rows) * strips
         partial = torch.empty(
             (rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device
         )
@@ -349,16 +364,16 @@ class Results:
             matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
             launch.rows.start, launch.rows.stop, first, end, tiling.depth,
             histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
-            row_sums, column_sums, floats, integers, launch.first,
+            row_sums, column_sums, floats, integers, peak, launch.first,
             REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
             FLAT=matrix.flat, ALIGNED=aligned,
             MASKED=matrix.mask is not None,
-            SHUFFLE=aligned and matrix.exchange and tiling.rows == 4,
+            NATIVE=aligned and matrix.native and tiling.rows == 4,
             NT=tiling.threads, V=tiling.run, LOG=tiling.run.bit_length() - 1,
-            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits,
-            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=REGISTERS,
+            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits, AHEAD=tiling.ahead,
+            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
         )  # fmt: skip
-        self.token.add(row_sums.view(warps, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))
+        self.token.add(row_sums.view(strips, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))
         by_column = column_sums.view(blocks, -1, 4).sum(0)
         self.channel.add(by_column, launch.columns.start, channel.view(-1, 4))
         if matrix.form.has_head:
@@ -370,7 +385,7 @@ class Results:
         # Page-locked memory takes several times as much a second.
         host = torch.empty(self.buffer.shape, dtype=torch.int64, pin_memory=self.buffer.is_cuda)
         parts = [part.numpy() for part in self.parts(host.copy_(self.buffer))]
-        histogram, token_lost, channel_lost, head_lost, integers, floats, token, channel, head = parts
+        histogram, token_lost, channel_lost, head_lost, _, integers, floats, token, channel, head = parts
         sums = arrange(
             matrix.form,
             _moments(self.token.members * matrix.columns - token_lost, token),
@@ -454,10 +469,9 @@ def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache
-def _resident(device: torch.device, threads: int) -> int:
+def _resident(device: torch.device, tiling: Tiling) -> int:
     """Programs that the device runs at a time."""
     if device.type != "cuda":
         return 1
-    return int(
-        torch.cuda.get_device_properties(device).multi_processor_count * ((1 << 16) // (REGISTERS * threads))
-    )
+    each = (1 << 16) // (tiling.registers * tiling.threads)
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) * each

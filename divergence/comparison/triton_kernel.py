@@ -20,23 +20,32 @@ import triton
 import triton.language as tl
 
 from divergence.comparison.triton_parts import (
+    BFLOAT16,
+    FLOAT16,
     FLOATS,
     INTEGERS,
     NOWHERE,
-    PLANES,
-    any_bit,
+    add_row,
+    apart,
+    carry_over,
     columns_at,
-    digits_of,
+    count,
     errors_of,
     exponents_of,
     finite,
     is_valid,
+    least_of,
+    least_of_both,
     load,
+    most_of,
+    most_of_both,
     own,
-    plus,
+    pairs_of,
+    store_four_rows,
     store_rows,
-    sum_rows,
     tally,
+    together,
+    twice_upper,
     values_of,
     words_of,
     zeros,
@@ -60,8 +69,9 @@ def _windows(
             errors = errors_of(ref, cand, at, row, used, sizes, REF, CAND, WIDE, FLAT)
             exponents = own(exponents_of(tl.maximum(errors, 0.0)), NT, V)
             within = (exponents <= top) & (exponents > top - BITS)
-            words = words_of(tl.where(within, exponents, 0), BITS)
-            planes = plus(planes, digits_of(words, LOG), PLANES, LOG + 1)
+            words = words_of(tl.where(within, exponents, 0), BITS, False)
+            planes, carry = count(planes, apart(words, LOG), 0, LOG)
+            planes = carry_over(planes, carry, LOG)
             below = tl.maximum(below, tl.max(tl.where(exponents <= top - BITS, exponents, 0), axis=1))
         tally(planes, top, histogram, BITS)
         top = tl.max(below)
@@ -75,40 +85,50 @@ def _finish(
     BR: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Stores what was found in a strip."""
-    histogram, dropped, groups, _, column_sums, floats, integers = out
+    histogram, dropped, groups, _, column_sums, floats, integers, peak = out
     worst, worst_at, again, low_bits = largest
     planes, least = exponents
-    high_bits = tl.max(worst)
+    # None at all where no value was compared; only the careful way knows.
+    most = tl.max(worst)
+    high_bits = (most >> 1).to(tl.int32)
+    if CAREFUL:
+        high_bits = tl.where(most > 0, high_bits, -1)
     tl.store(floats, absolute)
     tl.store(floats + 2, tl.min(extremes[0]).to(tl.float64))
     tl.store(floats + 3, tl.max(extremes[1]).to(tl.float64))
     tl.store(floats + 4, tl.min(extremes[2]).to(tl.float64))
     tl.store(floats + 5, tl.max(extremes[3]).to(tl.float64))
     tl.store(floats + 6, tl.max(extremes[4]))
-    # `worst` is the upper half of the largest error's bits. Its first tile has the largest error, unless later ones
-    # have the same upper half and lower halves that matter: then all rows are looked at.
-    chosen = worst == high_bits
-    first, count = worst_at, BR
-    if (tl.max(tl.where(chosen, again, 0)) > 0) & (tl.max((low_bits != 0).to(tl.int32)) > 0):
-        first, count = tl.zeros((NT,), tl.int32) + strip[0], strip[1] - strip[0]
-    # In a column rows are in canonical order.
     columns = own(strip[2] + tl.arange(0, NT * V), NT, V)
     here = columns < strip[3]
-    place = tl.full((NT, V), NOWHERE, tl.int64)
-    error = tl.full((NT, V), -1.0, tl.float64)
     head, channel = columns // sizes[2], columns % sizes[2]
-    at = columns_at(ref, columns, sizes, FLAT & 4), columns_at(cand, columns, sizes, FLAT & 8)
-    for u in range(count):
-        row = (first + u)[:, None]
-        used = here & chosen[:, None] & is_valid(mask, row, strip[1], MASKED)
-        now = errors_of(ref, cand, at, row, used, sizes, REF, CAND, WIDE, FLAT)
-        batch, token = row // sizes[1], row % sizes[1]
-        number = ((batch.to(tl.int64) * sizes[0] + head) * sizes[1] + token) * sizes[2] + channel
-        place = tl.where(now > error, number, place)
-        error = tl.maximum(error, now)
-    top = tl.max(tl.max(error, axis=1), axis=0)
+    # `worst` is the upper half of the largest error's bits. A program that has a lesser one than another has
+    # not the largest error, and need not look for it.
+    top = tl.full((), -1.0, tl.float64)
+    found = tl.full((), NOWHERE, tl.int64)
+    if tl.atomic_max(peak, high_bits.to(tl.int64), sem="relaxed") <= high_bits:
+        # The first tile with this upper half has the largest error, unless later ones have the same and lower
+        # halves that matter: then all rows are looked at.
+        chosen = worst == most
+        first, count = worst_at, BR
+        if tl.max(tl.where(chosen & (low_bits != 0), again, 0)) > 0:
+            first, count = tl.zeros((NT,), tl.int32) + strip[0], strip[1] - strip[0]
+        # In a column rows are in canonical order.
+        place = tl.full((NT, V), NOWHERE, tl.int64)
+        error = tl.full((NT, V), -1.0, tl.float64)
+        at = columns_at(ref, columns, sizes, FLAT & 4), columns_at(cand, columns, sizes, FLAT & 8)
+        for u in range(count):
+            row = (first + u)[:, None]
+            used = here & chosen[:, None] & is_valid(mask, row, strip[1], MASKED)
+            now = errors_of(ref, cand, at, row, used, sizes, REF, CAND, WIDE, FLAT)
+            batch, token = row // sizes[1], row % sizes[1]
+            number = ((batch.to(tl.int64) * sizes[0] + head) * sizes[1] + token) * sizes[2] + channel
+            place = tl.where(now > error, number, place)
+            error = tl.maximum(error, now)
+        top = tl.max(tl.max(error, axis=1), axis=0)
+        found = tl.min(tl.min(tl.where(error == top, place, NOWHERE), axis=1), axis=0)
     tl.store(floats + 1, top)
-    tl.store(integers, tl.min(tl.min(tl.where(error == top, place, NOWHERE), axis=1), axis=0))
+    tl.store(integers, found)
     tl.store(integers + 1, tl.sum(counts[0]).to(tl.int64))
     tl.store(integers + 2, tl.sum(counts[1]).to(tl.int64))
     tl.store(integers + 3, tl.max((counts[2] != 0).to(tl.int32), axis=0).to(tl.int64))
@@ -134,16 +154,31 @@ def _finish(
 
 
 @triton.jit
-def _scan(
-    ref, cand, strip, sizes, mask, out,
-    REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
-    MASKED: tl.constexpr, CAREFUL: tl.constexpr, SHUFFLE: tl.constexpr, NT: tl.constexpr,
-    V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
+def _read(
+    ref, cand, at, row, end, columns, column_end, sizes, FLAT: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """Goes over one strip.
+    """What is stored in a row of either side, `[NT * V]`; if not careful, in the last one where there is none."""
+    if not CAREFUL:
+        row = tl.minimum(row, end - 1)
+    inside = columns < tl.where(row < end, column_end, 0)
+    one = load(ref, at[0], row, inside, sizes, FLAT & 1, not CAREFUL)
+    other = load(cand, at[1], row, inside, sizes, FLAT & 2, not CAREFUL)
+    return one, other
+
+
+@triton.jit
+def _scan(
+    ref, cand, packed, strip, sizes, mask, out,
+    REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
+    MASKED: tl.constexpr, CAREFUL: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, NT: tl.constexpr,
+    V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Goes over one strip. All is `[NT]`: each thread computes with its own columns, one after another.
 
     Args:
-        ref, cand: as `side` in `_columns`.
+        ref, cand: as `side` in `columns_at`.
+        packed: if `PACKED`, both sides and the sizes in words of two values.
         strip: first row, end of rows, first column, end of columns.
         sizes: numbers of heads, tokens and channels.
         mask: a byte for each row.
@@ -152,107 +187,167 @@ def _scan(
     Returns:
         1 where a value was not finite and it was not careful; what it has stored is then void.
     """
-    _, dropped, groups, row_sums, _, _, _ = out
+    _, dropped, groups, by_row, _, _, _, _ = out
     columns = strip[2] + tl.arange(0, NT * V)
-    at = columns_at(ref, columns, sizes, FLAT & 4), columns_at(cand, columns, sizes, FLAT & 8)
+    mine = apart(own(columns, NT, V), LOG)
     kind = tl.float64 if WIDE else tl.float32
-    err2, ref2, cand2, dot = (tl.zeros((NT, V), tl.float64),) * 4
-    total = tl.zeros((NT,), tl.float64)
-    worst = tl.full((NT,), -1, tl.int32)
-    worst_at = tl.zeros((NT,), tl.int32)
-    again = tl.zeros((NT,), tl.int32)
-    low_bits = tl.zeros((NT,), tl.int32)
-    ref_low = tl.full((NT,), float("inf"), kind)
-    ref_high = tl.full((NT,), float("-inf"), kind)
+    nothing = tl.zeros((NT,), tl.float64)
+    integer = tl.zeros((NT,), tl.int32)
+    err2, ref2, cand2, dot, column_dropped = (), (), (), (), ()
+    for _ in tl.static_range(V):
+        err2, ref2, cand2, dot = err2 + (nothing,), ref2 + (nothing,), cand2 + (nothing,), dot + (nothing,)
+        column_dropped = column_dropped + (integer,)
+    total = nothing
+    nowhere = tl.zeros((NT,), tl.uint32)
+    worst = nowhere
+    worst_at = integer
+    again = integer
+    low_bits = integer
+    if PACKED:
+        # Infinities, twice in a word.
+        ref_low = integer + (0x7F807F80 if REF == BFLOAT16 else 0x7C007C00)
+        ref_high = integer - (0x007F007F + 1 if REF == BFLOAT16 else 0x03FF03FF + 1)
+    else:
+        ref_low = tl.full((NT,), float("inf"), kind)
+        ref_high = tl.full((NT,), float("-inf"), kind)
     cand_low = ref_low
     cand_high = ref_high
-    different = tl.zeros((NT,), tl.int32)
+    different = integer
     least = tl.full((NT,), 0xFFFFFFFF, tl.uint32)
     planes = zeros(NT, BITS)
-    padded = tl.full((NT,), -1.0, tl.float64)
-    ref_bad = tl.zeros((NT,), tl.int32)
-    cand_bad = tl.zeros((NT,), tl.int32)
-    column_dropped = tl.zeros((NT, V), tl.int32)
+    padded = nothing - 1.0
+    ref_bad = integer
+    cand_bad = integer
+    one, other, size, read = ref, cand, sizes, columns
+    if PACKED:
+        one, other, size = packed
+        read = strip[2] // 2 + tl.arange(0, NT * V // 2)
+    at = columns_at(one, read, size, FLAT & 4), columns_at(other, read, size, FLAT & 8)
+    ahead = ()
+    for u in tl.static_range(AHEAD):
+        row = strip[0] + u
+        ahead = ahead + (_read(one, other, at, row, strip[1], read, strip[3], size, FLAT, CAREFUL),)
     for start in range(strip[0], strip[1], BR):
-        raw, digits, sums = (), (), ()
-        largest = tl.full((NT,), -1, tl.int32)
+        rows = ahead
+        carries, sums = (), ()
+        largest = nowhere
+        low = integer
+        upper, lower = (nothing, nothing), (nothing, nothing)
         for u in tl.static_range(BR):
             row = start + u
-            inside = columns < tl.where(row < strip[1], strip[3], 0)
-            one = load(ref, at[0], row, inside, sizes, FLAT & 1, not CAREFUL)
-            other = load(cand, at[1], row, inside, sizes, FLAT & 2, not CAREFUL)
-            raw = raw + (one, other)
-        for u in tl.static_range(BR):
-            row = start + u
-            r = own(values_of(raw[2 * u], ref[5], REF, WIDE), NT, V)
-            c = own(values_of(raw[2 * u + 1], cand[5], CAND, WIDE), NT, V)
-            if SAME:
-                bits = any_bit(own(raw[2 * u] ^ raw[2 * u + 1], NT, V), LOG)
-                different |= (bits != 0).to(tl.int32) if bits.dtype == tl.int64 else bits.to(tl.int32)
-            low, high, other_low, other_high = r, r, c, c
+            raw = rows[u]
+            if PACKED:
+                r_words = apart(own(raw[0], NT, V // 2), LOG - 1)
+                c_words = apart(own(raw[1], NT, V // 2), LOG - 1)
+                r_all, c_all = pairs_of(r_words, LOG, REF), pairs_of(c_words, LOG, REF)
+                for i in tl.static_range(V // 2):
+                    different |= r_words[i] ^ c_words[i]
+                    ref_low, ref_high = least_of(ref_low, r_words[i], REF), most_of(ref_high, r_words[i], REF)
+                    cand_low, cand_high = least_of(cand_low, c_words[i], REF), most_of(cand_high, c_words[i], REF)
+            else:
+                r_raw, c_raw = apart(own(raw[0], NT, V), LOG), apart(own(raw[1], NT, V), LOG)
+                r_all, c_all = (), ()
+                for v in tl.static_range(V):
+                    r_all = r_all + (values_of(r_raw[v], ref[5], REF, WIDE),)
+                    c_all = c_all + (values_of(c_raw[v], cand[5], CAND, WIDE),)
+            # Rows are read while those before are worked on.
+            after = _read(one, other, at, row + AHEAD, strip[1], read, strip[3], size, FLAT, CAREFUL)
+            rows = rows + (after,)
+            if SAME and not PACKED:
+                for v in tl.static_range(V):
+                    bits = r_raw[v] ^ c_raw[v]
+                    different |= (bits != 0).to(tl.int32) if bits.dtype == tl.int64 else bits.to(tl.int32)
+            words = ()
+            new_err2, new_ref2, new_cand2, new_dot, new_dropped = (), (), (), (), ()
+            row_dropped = integer
+            for v in tl.static_range(V):
+                r, c = r_all[v], c_all[v]
+                if CAREFUL:
+                    inside = mine[v] < tl.where(row < strip[1], strip[3], 0)
+                    valid = mine[v] < tl.where(is_valid(mask, row, strip[1], MASKED), strip[3], 0)
+                    ref_ok, cand_ok = finite(r), finite(c)
+                    used = valid & ref_ok & cand_ok
+                    if MASKED:
+                        off = tl.abs(c.to(tl.float64) - r.to(tl.float64))
+                        padded = tl.maximum(padded, tl.where(inside & ~valid & ref_ok & cand_ok, off, -1.0))
+                    ref_bad += (valid & ~ref_ok).to(tl.int32)
+                    cand_bad += (valid & ~cand_ok).to(tl.int32)
+                    missing = (inside & ~used).to(tl.int32)
+                    new_dropped = new_dropped + (column_dropped[v] + missing,)
+                    row_dropped += missing
+                    ref_ok, cand_ok = valid & ref_ok, valid & cand_ok
+                    ref_low = tl.minimum(ref_low, tl.where(ref_ok, r, float("inf")))
+                    ref_high = tl.maximum(ref_high, tl.where(ref_ok, r, float("-inf")))
+                    cand_low = tl.minimum(cand_low, tl.where(cand_ok, c, float("inf")))
+                    cand_high = tl.maximum(cand_high, tl.where(cand_ok, c, float("-inf")))
+                    r, c = tl.where(used, r, 0.0), tl.where(used, c, 0.0)
+                elif not PACKED:
+                    ref_low, ref_high = tl.minimum(ref_low, r), tl.maximum(ref_high, r)
+                    cand_low, cand_high = tl.minimum(cand_low, c), tl.maximum(cand_high, c)
+                r, c = r.to(tl.float64), c.to(tl.float64)
+                d = c - r
+                total += tl.abs(d)
+                new_err2 = new_err2 + (tl.fma(d, d, err2[v]),)
+                new_ref2 = new_ref2 + (tl.fma(r, r, ref2[v]),)
+                new_cand2 = new_cand2 + (tl.fma(c, c, cand2[v]),)
+                new_dot = new_dot + (tl.fma(r, c, dot[v]),)
+                if v == 0:
+                    row_err2, row_ref2, row_cand2, row_dot = d * d, r * r, c * c, r * c
+                else:
+                    row_err2, row_ref2 = tl.fma(d, d, row_err2), tl.fma(r, r, row_ref2)
+                    row_cand2, row_dot = tl.fma(c, c, row_cand2), tl.fma(r, c, row_dot)
+                bits = d.to(tl.int64, bitcast=True)
+                low |= bits.to(tl.int32)
+                # In order as the errors are.
+                high = twice_upper(d, NATIVE)
+                exponents = (high >> 21).to(tl.int32, bitcast=True)
+                least = tl.minimum(least, (exponents - 1).to(tl.uint32, bitcast=True))
+                words = words + (words_of(exponents, BITS, NATIVE and not CAREFUL),)
+                if CAREFUL:
+                    high = tl.where(used, high | 1, 0)
+                largest = tl.maximum(largest, high)
+            err2, ref2, cand2, dot = new_err2, new_ref2, new_cand2, new_dot
+            row_sums = (row_err2, row_ref2, row_cand2, row_dot)
+            if not NATIVE or CAREFUL:
+                sums = sums + row_sums
+            elif u < 2:
+                upper = add_row(upper, row_sums, u % 2)
+            else:
+                lower = add_row(lower, row_sums, u % 2)
+            planes, carry = count(planes, words, 0, LOG)
+            carries = carries + (carry,)
             if CAREFUL:
-                mine = own(columns, NT, V)
-                inside = mine < tl.where(row < strip[1], strip[3], 0)
-                valid = mine < tl.where(is_valid(mask, row, strip[1], MASKED), strip[3], 0)
-                ref_ok, cand_ok = finite(r), finite(c)
-                used = valid & ref_ok & cand_ok
-                if MASKED:
-                    off = tl.abs(c.to(tl.float64) - r.to(tl.float64))
-                    off = tl.where(inside & ~valid & ref_ok & cand_ok, off, -1.0)
-                    padded = tl.maximum(padded, tl.max(off, axis=1))
-                ref_bad += tl.sum((valid & ~ref_ok).to(tl.int32), axis=1)
-                cand_bad += tl.sum((valid & ~cand_ok).to(tl.int32), axis=1)
-                missing = (inside & ~used).to(tl.int32)
-                column_dropped += missing
-                row_dropped = tl.sum(tl.sum(missing, axis=1), axis=0).to(tl.int64)
-                tl.atomic_add(dropped[0] + row // groups[0], row_dropped, mask=row_dropped > 0, sem="relaxed")
-                ref_ok, cand_ok = valid & ref_ok, valid & cand_ok
-                low, high = tl.where(ref_ok, r, float("inf")), tl.where(ref_ok, r, float("-inf"))
-                other_low, other_high = (
-                    tl.where(cand_ok, c, float("inf")),
-                    tl.where(cand_ok, c, float("-inf")),
-                )
-                r, c = tl.where(used, r, 0.0), tl.where(used, c, 0.0)
-            ref_low = tl.minimum(ref_low, tl.min(low, axis=1))
-            ref_high = tl.maximum(ref_high, tl.max(high, axis=1))
-            cand_low = tl.minimum(cand_low, tl.min(other_low, axis=1))
-            cand_high = tl.maximum(cand_high, tl.max(other_high, axis=1))
-            r, c = r.to(tl.float64), c.to(tl.float64)
-            d = c - r
-            errors = tl.abs(d)
-            bits = errors.to(tl.int64, bitcast=True)
-            high_bits = (bits >> 32).to(tl.int32)
-            low_bits |= any_bit(bits.to(tl.int32), LOG)
-            exponents = high_bits >> 20
-            least = tl.minimum(least, tl.min((exponents - 1).to(tl.uint32, bitcast=True), axis=1))
-            digits = digits + (digits_of(words_of(exponents, BITS), LOG),)
-            total += tl.sum(errors, axis=1)
-            sums = sums + (
-                tl.sum(d * d, axis=1),
-                tl.sum(r * r, axis=1),
-                tl.sum(c * c, axis=1),
-                tl.sum(r * c, axis=1),
-            )
-            err2 = tl.fma(d, d, err2)
-            ref2 = tl.fma(r, r, ref2)
-            cand2 = tl.fma(c, c, cand2)
-            dot = tl.fma(r, c, dot)
-            if CAREFUL:
-                high_bits = tl.where(used, high_bits, -1)
-            largest = tl.maximum(largest, tl.max(high_bits, axis=1))
-        planes = plus(planes, sum_rows(digits, BR, LOG + 1), PLANES, LOG + LOG_BR + 1)
-        store_rows(sums, row_sums, start, strip[1], NT, BR, CAREFUL, SHUFFLE)
-        again = tl.where(largest > worst, 0, again | (largest == worst).to(tl.int32))
-        worst_at = tl.where(largest > worst, start, worst_at)
+                column_dropped = new_dropped
+                lost = tl.sum(row_dropped).to(tl.int64)
+                tl.atomic_add(dropped[0] + row // groups[0], lost, mask=lost > 0, sem="relaxed")
+        planes, carry = count(planes, carries, LOG, LOG_BR)
+        planes = carry_over(planes, carry, LOG + LOG_BR)
+        if NATIVE and not CAREFUL:
+            store_four_rows(upper, lower, by_row, start, NT)
+        else:
+            store_rows(sums, by_row, start, strip[1], BR)
+        more = largest > worst
+        again = tl.where(more, 0, again | (largest == worst).to(tl.int32))
+        low_bits = tl.where(more, low, tl.where(largest == worst, low_bits | low, low_bits))
+        worst_at = tl.where(more, start, worst_at)
         worst = tl.maximum(worst, largest)
+        ahead = ()
+        for u in tl.static_range(AHEAD):
+            ahead = ahead + (rows[BR + u],)
     absolute = tl.sum(total)
     redo = 0
     if not CAREFUL:
         redo = 1 - (absolute < float("inf")).to(tl.int32)
     if redo == 0:
-        moments = (err2, ref2, cand2, dot)
-        extremes = (ref_low, ref_high, cand_low, cand_high, padded)
-        counts = (ref_bad, cand_bad, different, column_dropped)
+        if PACKED:
+            extremes = (
+                least_of_both(ref_low, REF), most_of_both(ref_high, REF),
+                least_of_both(cand_low, REF), most_of_both(cand_high, REF), padded,
+            )  # fmt: skip
+        else:
+            extremes = (ref_low, ref_high, cand_low, cand_high, padded)
+        moments = (together(err2, LOG), together(ref2, LOG), together(cand2, LOG), together(dot, LOG))
+        counts = (ref_bad, cand_bad, different, together(column_dropped, LOG))
         _finish(
             ref, cand, strip, sizes, mask, out, absolute, moments, extremes, counts, (worst, worst_at, again, low_bits), (planes, least),
             REF, CAND, WIDE, FLAT, MASKED, CAREFUL, NT, V, LOG, BR, BITS,
@@ -274,10 +369,11 @@ def compare(
     mask, plain, heads, tokens, channels,
     row0, row_end, first_column, column_end, depth,
     histogram, token_dropped, token_group, channel_dropped, channel_group, head_dropped, head_group,
-    row_sums, column_sums, floats, integers, number0,
+    row_sums, column_sums, floats, integers, peak, number0,
     REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr, MASKED: tl.constexpr, SHUFFLE: tl.constexpr, NT: tl.constexpr,
+    ALIGNED: tl.constexpr, MASKED: tl.constexpr, NATIVE: tl.constexpr, NT: tl.constexpr,
     V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Compares two matrices, part by part; a program goes down one strip.
 
@@ -299,7 +395,7 @@ def compare(
         SAME: both sides are of one dtype.
         FLAT: four flags: rows, then columns, of either side are in equal steps.
         ALIGNED: both sides can be read 16 bytes at a time.
-        SHUFFLE: see `store_rows`.
+        NATIVE: may use instructions of NVIDIA's devices; both sides aligned, of one size, and BR 4.
         NT: threads; V: columns of each, 2^LOG; BR: rows worked on at a time, 2^LOG_BR.
         BITS: of a word that exponents are counted in.
     """
@@ -319,6 +415,14 @@ def compare(
             channels = channels * 16
     one = (ref, ref_batch, ref_head, ref_token, 1 if ALIGNED else ref_channel, ref_table)
     other = (cand, cand_batch, cand_head, cand_token, 1 if ALIGNED else cand_channel, cand_table)
+    PACKED: tl.constexpr = NATIVE and SAME and V > 1 and (REF == BFLOAT16 or REF == FLOAT16)
+    packed = (one, other, (heads, tokens, channels))
+    if PACKED:
+        packed = (
+            (ref.to(tl.pointer_type(tl.int32)), ref_batch // 2, ref_head // 2, ref_token // 2, 1, ref_table),
+            (cand.to(tl.pointer_type(tl.int32)), cand_batch // 2, cand_head // 2, cand_token // 2, 1, cand_table),
+            (heads, tokens, channels // 2),
+        )
     strip = (first, last, start, column_end)
     sizes = (heads, tokens, channels)
     dropped = (token_dropped, channel_dropped, head_dropped)
@@ -327,10 +431,11 @@ def compare(
         histogram,
         dropped,
         groups,
-        row_sums + ((place * (NT // 32) + tl.arange(0, NT) // 32).to(tl.int64) * (row_end - row0) - row0) * 4,
+        row_sums + (place.to(tl.int64) * (row_end - row0) - row0) * 4,
         column_sums + (block * (column_end - column0).to(tl.int64) - column0) * 4,
         floats + (number0 + number).to(tl.int64) * FLOATS,
         integers + (number0 + number).to(tl.int64) * INTEGERS,
+        peak,
     )
     careful = 1
     if ((last - first) % BR == 0) & (start + BC <= column_end):
@@ -339,12 +444,12 @@ def compare(
             careful = 1 - tl.load(plain + block).to(tl.int32)
     if careful == 0:
         careful = _scan(
-            one, other, strip, sizes, mask, out,
-            REF, CAND, WIDE, SAME, FLAT, False, False, SHUFFLE, NT, V, LOG, BR, LOG_BR, BITS,
+            one, other, packed, strip, sizes, mask, out,
+            REF, CAND, WIDE, SAME, FLAT, False, False, NATIVE, PACKED, NT, V, LOG, BR, LOG_BR, BITS, AHEAD,
         )  # fmt: skip
         tl.debug_barrier()
     if careful != 0:
         _scan(
-            one, other, strip, sizes, mask, out,
-            REF, CAND, WIDE, SAME, FLAT, MASKED, True, SHUFFLE, NT, V, LOG, BR, LOG_BR, BITS,
+            one, other, packed, strip, sizes, mask, out,
+            REF, CAND, WIDE, SAME, FLAT, MASKED, True, NATIVE, False, NT, V, LOG, 1, 0, BITS, AHEAD,
         )  # fmt: skip

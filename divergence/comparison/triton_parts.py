@@ -21,23 +21,34 @@ FLOATS, INTEGERS = tl.constexpr(8), tl.constexpr(4)
 place of the maximum in canonical order, non-finite values of either side, whether bits differ."""
 
 
-def _sixteen_sums() -> str:
-    """PTX that sums sixteen float64 of each thread over its warp. Where every sum for itself would take five
-    exchanges, threads first share the sums out: in each step a thread keeps half of what it has and is
-    given its partner's share of that half. Results: one sum, and which."""
-    lines = [".reg .pred p;", ".reg .b32 lane, bit, lo, hi;", ".reg .f64 keep, send;"]
-    lines += [f".reg .f64 x<{16}>;", "mov.u32 lane, %laneid;"]
-    lines += [f"mov.f64 x{i}, ${i + 2};" for i in range(16)]
-    for half, lane in ((8, 16), (4, 8), (2, 4), (1, 2)):
-        lines += [f"and.b32 bit, lane, {lane};", "setp.ne.b32 p, bit, 0;"]
-        for i in range(half):
-            lines += [
-                f"selp.f64 keep, x{i + half}, x{i}, p;",
-                f"selp.f64 send, x{i}, x{i + half}, p;",
-                *_exchange("send", lane),
-                f"add.f64 x{i}, keep, send;",
-            ]
-    lines += ["mov.f64 send, x0;", *_exchange("send", 1), "add.f64 $0, x0, send;", "shr.u32 $1, lane, 1;"]
+def _warp_sums(first: int) -> str:
+    """PTX that adds up four float64 of each thread over its warp, by the tensor cores, as far as they can.
+
+    A product `[8, 4] x [4, 8]` in float64 takes one value of each thread in either factor. With a value of the
+    threads as the right factor, and a left one whose row j is 1 and all else 0, row j of the result has its
+    sums over four threads each: `[8, 8]` holds eight values' sums, and what is left to be added up of a value
+    are two columns of each of four threads (`EIGHT_SUMS`). The values go into rows from `first` on.
+    """
+    lines = [".reg .pred p;", ".reg .b32 row;", ".reg .f64 one;", "mov.u32 row, %laneid;", "shr.u32 row, row, 2;"]
+    into = "{$0, $1}"
+    before = "{$2, $3}"
+    for j in range(4):
+        lines += [
+            f"setp.eq.u32 p, row, {first + j};",
+            "selp.f64 one, 0d3FF0000000000000, 0d0000000000000000, p;",
+            f"mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {into}, {{one}}, {{${j + 4}}}, {before};",
+        ]
+        before = into
+    return "{" + " ".join(lines) + "}"
+
+
+def _eight_sums() -> str:
+    """PTX that finishes two sets of eight sums: value `lane // 4 + 8 * (lane % 2)`."""
+    lines = [".reg .pred p;", ".reg .b32 lane, lo, hi;", ".reg .f64 a, b, keep, send;", "mov.u32 lane, %laneid;"]
+    lines += ["add.f64 a, $1, $2;", "add.f64 b, $3, $4;", "and.b32 lane, lane, 1;", "setp.ne.b32 p, lane, 0;"]
+    lines += ["selp.f64 keep, b, a, p;", "selp.f64 send, a, b, p;"]
+    lines += [*_exchange("send", 1), "add.f64 keep, keep, send;"]
+    lines += ["mov.f64 send, keep;", *_exchange("send", 2), "add.f64 $0, keep, send;"]
     return "{" + " ".join(lines) + "}"
 
 
@@ -46,8 +57,8 @@ def _exchange(name: str, lane: int) -> list[str]:
     return [f"mov.b64 {{lo, hi}}, {name};", *swap, f"mov.b64 {name}, {{lo, hi}};"]
 
 
-SIXTEEN_SUMS = tl.constexpr(_sixteen_sums())
-SIXTEEN_OPERANDS = tl.constexpr("=d,=r" + ",d" * 16)
+FIRST_FOUR, SECOND_FOUR = tl.constexpr(_warp_sums(0)), tl.constexpr(_warp_sums(4))
+EIGHT_SUMS = tl.constexpr(_eight_sums())
 
 NOWHERE = tl.constexpr((1 << 63) - 1)
 
@@ -59,63 +70,71 @@ def _full(a, b, c):
 
 
 @triton.jit
-def plus(a, b, LONG: tl.constexpr, SHORT: tl.constexpr):
-    """Adds binary numbers of `LONG` and `SHORT` digits, in `LONG` digits."""
-    total = ()
-    carry = a[0] & b[0]
-    total = total + (a[0] ^ b[0],)
-    for p in tl.static_range(1, SHORT):
-        digit, carry = _full(a[p], b[p], carry)
-        total = total + (digit,)
-    for p in tl.static_range(SHORT, LONG):
-        total = total + (a[p] ^ carry,)
-        carry = a[p] & carry
-    return total
-
-
-@triton.jit
-def _sum(a, b, N: tl.constexpr):
-    """Adds binary numbers of `N` digits: `N + 1` digits."""
-    total = (a[0] ^ b[0],)
-    carry = a[0] & b[0]
-    for p in tl.static_range(1, N):
-        digit, carry = _full(a[p], b[p], carry)
-        total = total + (digit,)
-    return total + (carry,)
-
-
-@triton.jit
 def _halve(x, N: tl.constexpr):
     """Both halves of `[..., N]`: even and odd places."""
     return tl.split(tl.reshape(x, (x.shape[0], N // 2, 2)))
 
 
 @triton.jit
-def digits_of(words, LOG: tl.constexpr):
-    """Sums over the last axis of `[m, 2^LOG]`, bit by bit: `LOG + 1` planes `[m]`."""
-    planes = (words,)
+def apart(x, LOG: tl.constexpr):
+    """`[m, 2^LOG]` as 2^LOG tensors `[m]`, in the order of their numbers' reversed bits."""
+    parts = (x,)
     for level in tl.static_range(LOG):
-        even, odd = _halve(planes[0], 1 << (LOG - level))
-        total = (even ^ odd,)
-        carry = even & odd
-        for p in tl.static_range(1, level + 1):
-            even, odd = _halve(planes[p], 1 << (LOG - level))
-            digit, carry = _full(even, odd, carry)
-            total = total + (digit,)
-        planes = total + (carry,)
-    result = ()
-    for p in tl.static_range(LOG + 1):
-        result = result + (tl.reshape(planes[p], (words.shape[0],)),)
-    return result
+        halves = ()
+        for i in tl.static_range(1 << level):
+            even, odd = _halve(parts[i], 1 << (LOG - level))
+            halves = halves + (even, odd)
+        parts = halves
+    columns = ()
+    for i in tl.static_range(1 << LOG):
+        columns = columns + (tl.reshape(parts[i], (x.shape[0],)),)
+    return columns
 
 
 @triton.jit
-def any_bit(words, LOG: tl.constexpr):
-    """Whatever bit is set anywhere in the last axis of `[m, 2^LOG]`: `[m]`."""
+def together(parts, LOG: tl.constexpr):
+    """What `apart` has taken apart."""
+    size: tl.constexpr = parts[0].shape[0]
+    halves = ()
+    for i in tl.static_range(1 << LOG):
+        halves = halves + (tl.reshape(parts[i], (size, 1)),)
     for level in tl.static_range(LOG):
-        even, odd = _halve(words, 1 << (LOG - level))
-        words = even | odd
-    return tl.reshape(words, (words.shape[0],))
+        joined = ()
+        for i in tl.static_range(1 << (LOG - level - 1)):
+            pair = tl.join(halves[2 * i], halves[2 * i + 1])
+            joined = joined + (tl.reshape(pair, (size, 2 << level)),)
+        halves = joined
+    return halves[0]
+
+
+@triton.jit
+def count(planes, words, FROM: tl.constexpr, LOG: tl.constexpr):
+    """Adds 2^LOG words, bits of weight 2^FROM: new planes, and what is carried over, of weight 2^(FROM + LOG)."""
+    for level in tl.static_range(LOG):
+        digit = planes[FROM + level]
+        carries = ()
+        for i in tl.static_range(1 << (LOG - level - 1)):
+            digit, carry = _full(digit, words[2 * i], words[2 * i + 1])
+            carries = carries + (carry,)
+        words = carries
+        changed = ()
+        for p in tl.static_range(PLANES):
+            changed = changed + (digit if p == FROM + level else planes[p],)
+        planes = changed
+    return planes, words[0]
+
+
+@triton.jit
+def carry_over(planes, carry, FROM: tl.constexpr):
+    """Adds one word, bits of weight 2^FROM."""
+    changed = ()
+    for p in tl.static_range(PLANES):
+        if p < FROM:
+            changed = changed + (planes[p],)
+        else:
+            changed = changed + (planes[p] ^ carry,)
+            carry = planes[p] & carry
+    return changed
 
 
 @triton.jit
@@ -130,19 +149,6 @@ def zeros(M: tl.constexpr, BITS: tl.constexpr):
 def own(x, NT: tl.constexpr, V: tl.constexpr):
     """A row of a strip as `[NT, V]`: what one thread has read is one row."""
     return tl.reshape(x, (NT, V))
-
-
-@triton.jit
-def sum_rows(digits, BR: tl.constexpr, N: tl.constexpr):
-    """Adds `BR` binary numbers of `N` digits: `N + log2(BR)` digits."""
-    tl.static_assert(BR == 1 or BR == 2 or BR == 4)
-    if BR == 1:
-        result = digits[0]
-    elif BR == 2:
-        result = _sum(digits[0], digits[1], N)
-    else:
-        result = _sum(_sum(digits[0], digits[1], N), _sum(digits[2], digits[3], N), N + 1)
-    return result
 
 
 @triton.jit
@@ -230,11 +236,29 @@ def exponents_of(errors):
 
 
 @triton.jit
-def words_of(exponents, BITS: tl.constexpr):
+def twice_upper(values, NATIVE: tl.constexpr):
+    """The upper half of float64 numbers without the sign, one bit further up."""
+    if NATIVE:  # the compiler makes a shift of all 64 bits of it
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; mov.b64 {low, high}, $1; shl.b32 $0, high, 1; }", "=r,d", (values,),
+            tl.uint32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return ((values.to(tl.int64, bitcast=True) >> 32).to(tl.int32) << 1).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def words_of(exponents, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """One bit for each exponent; none for 0."""
-    one = ((0 - exponents).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+    if NATIVE:  # the compiler makes a comparison and a selection of it
+        one = tl.inline_asm_elementwise("min.u32 $0, $1, 1;", "=r,r", (exponents,), tl.int32, is_pure=True, pack=1)
+    else:
+        one = tl.minimum(exponents, 1)
     if BITS == 64:
         words = one.to(tl.int64) << (exponents & 63).to(tl.int64)
+    elif NATIVE:
+        words = tl.inline_asm_elementwise(
+            "shf.l.wrap.b32 $0, 0, $1, $2;", "=r,r,r", (one, exponents), tl.int32, is_pure=True, pack=1
+        )
     else:
         words = one << (exponents & 31)
     return words
@@ -243,42 +267,101 @@ def words_of(exponents, BITS: tl.constexpr):
 @triton.jit
 def tally(planes, top, histogram, BITS: tl.constexpr):
     """Adds the counters of all threads to the histogram, for exponents from `top - BITS + 1` to `top`."""
-    bits = tl.arange(0, BITS)
-    counts = tl.zeros((BITS,), tl.int32)
-    for p in tl.static_range(PLANES):
-        digits = (planes[p][:, None] >> bits[None, :].to(planes[p].dtype)) & 1
-        counts += tl.sum(digits.to(tl.int32), axis=0) << p
-    exponents = top - ((top - bits) & (BITS - 1))
-    tl.atomic_add(
-        histogram + exponents, counts.to(tl.int64), mask=(exponents > 0) & (counts > 0), sem="relaxed"
-    )
+    for start in range(0, BITS, 8):
+        bits = start + tl.arange(0, 8)
+        counts = tl.zeros((planes[0].shape[0], 8), tl.int32)
+        for p in tl.static_range(PLANES):
+            digits = (planes[p][:, None] >> bits[None, :].to(planes[p].dtype)) & 1
+            counts += digits.to(tl.int32) << p
+        total = tl.sum(counts, axis=0)
+        exponents = top - ((top - bits) & (BITS - 1))
+        tl.atomic_add(
+            histogram + exponents, total.to(tl.int64), mask=(exponents > 0) & (total > 0), sem="relaxed"
+        )
 
 
 @triton.jit
-def store_rows(
-    sums, to, start, end, NT: tl.constexpr, BR: tl.constexpr, CAREFUL: tl.constexpr, SHUFFLE: tl.constexpr
-):  # fmt: skip
-    """Stores sums of rows from `start` on, over the columns of each warp.
+def store_rows(sums, to, start, end, BR: tl.constexpr):
+    """Stores sums of rows from `start` on, over the columns of the program.
 
     Args:
         sums: four of each row, `[NT]`.
-        to: where warps `[NT]` keep the sums of row 0.
+        to: where the sums of row 0 are.
     """
-    if SHUFFLE and BR == 4:
-        total, which = tl.inline_asm_elementwise(
-            SIXTEEN_SUMS, SIXTEEN_OPERANDS, sums, (tl.float64, tl.int32), is_pure=False, pack=1
-        )
-        row = start + which // 4
-        address = to + row.to(tl.int64) * 4 + which % 4
-        if CAREFUL:
-            tl.store(address, total, mask=row < end)
+    four = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
+    for u in tl.static_range(BR):
+        row = start + u
+        each = tl.join(tl.join(sums[4 * u], sums[4 * u + 1]), tl.join(sums[4 * u + 2], sums[4 * u + 3]))
+        total = tl.sum(each, axis=0)
+        tl.store(to + row.to(tl.int64) * 4 + four, total, mask=four < tl.where(row < end, 4, 0))
+
+
+@triton.jit
+def add_row(matrix, sums, SECOND: tl.constexpr):
+    """Adds the four sums `[NT]` of a row, of eight in a matrix of each warp; see `_warp_sums`."""
+    return tl.inline_asm_elementwise(
+        SECOND_FOUR if SECOND else FIRST_FOUR, "=&d,=&d,d,d,d,d,d,d", matrix + sums,
+        (tl.float64, tl.float64), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def store_four_rows(first, second, to, start, NT: tl.constexpr):
+    """Stores the sums of four rows, which are in the matrices of two rows each."""
+    total = tl.inline_asm_elementwise(
+        EIGHT_SUMS, "=d,d,d,d,d", first + second, tl.float64, is_pure=True, pack=1
+    )  # fmt: skip
+    if NT > 32:
+        total = tl.sum(tl.reshape(total, (NT // 32, 32)), axis=0)
+    lane = tl.arange(0, 32)
+    which = lane // 4 + 8 * (lane % 2)
+    rows = start + which // 4
+    tl.store(to + rows.to(tl.int64) * 4 + which % 4, total, mask=(lane & 2) == 0)
+
+
+@triton.jit
+def least_of(a, b, KIND: tl.constexpr):
+    """The lesser of two values of 16 bits, twice in a word."""
+    if KIND == BFLOAT16:
+        return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def most_of(a, b, KIND: tl.constexpr):
+    """The greater of two values of 16 bits, twice in a word."""
+    if KIND == BFLOAT16:
+        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
+    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _both(words, KIND: tl.constexpr):
+    """Two values of 16 bits in a word, as float32."""
+    return values_of(words.to(tl.int16), 0, KIND, False), values_of((words >> 16).to(tl.int16), 0, KIND, False)
+
+
+@triton.jit
+def least_of_both(words, KIND: tl.constexpr):
+    low, high = _both(words, KIND)
+    return tl.minimum(low, high)
+
+
+@triton.jit
+def most_of_both(words, KIND: tl.constexpr):
+    low, high = _both(words, KIND)
+    return tl.maximum(low, high)
+
+
+@triton.jit
+def pairs_of(words, LOG: tl.constexpr, KIND: tl.constexpr):
+    """The values of 2^(LOG - 1) words, two of 16 bits in each, in the order in which `apart` gives values."""
+    even, odd = (), ()
+    for i in tl.static_range(1 << (LOG - 1)):
+        if KIND == BFLOAT16:
+            even = even + ((words[i] << 16).to(tl.float32, bitcast=True),)
+            odd = odd + ((words[i] & -65536).to(tl.float32, bitcast=True),)
         else:
-            tl.store(address, total)
-    else:
-        first = tl.max(tl.reshape(to.to(tl.int64), (NT // 32, 32)), axis=1).to(to.dtype)
-        rows = start + tl.zeros((NT // 32,), tl.int64)
-        first += 4 * rows
-        for u in tl.static_range(BR):
-            for k in tl.static_range(4):
-                total = tl.sum(tl.reshape(sums[4 * u + k], (NT // 32, 32)), axis=1)
-                tl.store(first + (4 * u + k), total, mask=rows + u < end)
+            low, high = _both(words[i], KIND)
+            even, odd = even + (low,), odd + (high,)
+    return even + odd
