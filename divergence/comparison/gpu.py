@@ -368,7 +368,7 @@ class Results:
             REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
             FLAT=matrix.flat, ALIGNED=aligned,
             MASKED=matrix.mask is not None,
-            NATIVE=aligned and matrix.native and tiling.rows == 4,
+            NATIVE=aligned and matrix.native and tiling.rows > 1,
             NT=tiling.threads, V=tiling.run, LOG=tiling.run.bit_length() - 1,
             BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits, AHEAD=tiling.ahead,
             num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,

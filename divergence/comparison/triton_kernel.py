@@ -34,18 +34,14 @@ from divergence.comparison.triton_parts import (
     exponents_of,
     finite,
     is_valid,
-    least_of,
-    least_of_both,
     load,
-    most_of,
-    most_of_both,
     own,
     pairs_of,
-    store_four_rows,
+    store_matrices,
     store_rows,
     tally,
     together,
-    twice_upper,
+    upper_half,
     values_of,
     words_of,
     zeros,
@@ -73,7 +69,7 @@ def _windows(
             planes, carry = count(planes, apart(words, LOG), 0, LOG)
             planes = carry_over(planes, carry, LOG)
             below = tl.maximum(below, tl.max(tl.where(exponents <= top - BITS, exponents, 0), axis=1))
-        tally(planes, top, histogram, BITS)
+        tally(planes, top, histogram, 1, BITS)
         top = tl.max(below)
 
 
@@ -87,7 +83,7 @@ def _finish(
     """Stores what was found in a strip."""
     histogram, dropped, groups, _, column_sums, floats, integers, peak = out
     worst, worst_at, again, low_bits = largest
-    planes, least = exponents
+    planes, ranks = exponents
     # None at all where no value was compared; only the careful way knows.
     most = tl.max(worst)
     high_bits = (most >> 1).to(tl.int32)
@@ -142,11 +138,11 @@ def _finish(
         tl.atomic_add(dropped[1] + columns // groups[1], lost_here, mask=lost, sem="relaxed")
         tl.atomic_add(dropped[2] + head // groups[2], lost_here, mask=lost, sem="relaxed")
     highest = high_bits >> 20
-    lowest = tl.min(least).to(tl.int64) + 1
     if highest > 0:
-        if highest - lowest < BITS:
-            tally(planes, highest, histogram, BITS)
-        else:
+        # Counters are right if their exponents add up to what the exponents themselves do: one that is `BITS`
+        # or more below the highest is taken for a higher one.
+        if tally(planes, highest, histogram, 1, BITS) != tl.sum(ranks.to(tl.int64)):
+            tally(planes, highest, histogram, -1, BITS)
             _windows(
                 ref, cand, strip, sizes, mask, highest, histogram,
                 REF, CAND, WIDE, FLAT, MASKED, NT, V, LOG, BITS,
@@ -188,6 +184,8 @@ def _scan(
         1 where a value was not finite and it was not careful; what it has stored is then void.
     """
     _, dropped, groups, by_row, _, _, _, _ = out
+    # Upper halves of float64 compare as float32 do, but those beyond 2^1016.
+    AS_FLOAT: tl.constexpr = NATIVE and not WIDE and not CAREFUL
     columns = strip[2] + tl.arange(0, NT * V)
     mine = apart(own(columns, NT, V), LOG)
     kind = tl.float64 if WIDE else tl.float32
@@ -203,17 +201,12 @@ def _scan(
     worst_at = integer
     again = integer
     low_bits = integer
-    if PACKED:
-        # Infinities, twice in a word.
-        ref_low = integer + (0x7F807F80 if REF == BFLOAT16 else 0x7C007C00)
-        ref_high = integer - (0x007F007F + 1 if REF == BFLOAT16 else 0x03FF03FF + 1)
-    else:
-        ref_low = tl.full((NT,), float("inf"), kind)
-        ref_high = tl.full((NT,), float("-inf"), kind)
+    ref_low = tl.full((NT,), float("inf"), kind)
+    ref_high = tl.full((NT,), float("-inf"), kind)
     cand_low = ref_low
     cand_high = ref_high
     different = integer
-    least = tl.full((NT,), 0xFFFFFFFF, tl.uint32)
+    ranks = integer
     planes = zeros(NT, BITS)
     padded = nothing - 1.0
     ref_bad = integer
@@ -230,7 +223,7 @@ def _scan(
     for start in range(strip[0], strip[1], BR):
         rows = ahead
         carries, sums = (), ()
-        largest = nowhere
+        largest = tl.zeros((NT,), tl.float32) if AS_FLOAT else nowhere
         low = integer
         upper, lower = (nothing, nothing), (nothing, nothing)
         for u in tl.static_range(BR):
@@ -242,8 +235,6 @@ def _scan(
                 r_all, c_all = pairs_of(r_words, LOG, REF), pairs_of(c_words, LOG, REF)
                 for i in tl.static_range(V // 2):
                     different |= r_words[i] ^ c_words[i]
-                    ref_low, ref_high = least_of(ref_low, r_words[i], REF), most_of(ref_high, r_words[i], REF)
-                    cand_low, cand_high = least_of(cand_low, c_words[i], REF), most_of(cand_high, c_words[i], REF)
             else:
                 r_raw, c_raw = apart(own(raw[0], NT, V), LOG), apart(own(raw[1], NT, V), LOG)
                 r_all, c_all = (), ()
@@ -281,7 +272,7 @@ def _scan(
                     cand_low = tl.minimum(cand_low, tl.where(cand_ok, c, float("inf")))
                     cand_high = tl.maximum(cand_high, tl.where(cand_ok, c, float("-inf")))
                     r, c = tl.where(used, r, 0.0), tl.where(used, c, 0.0)
-                elif not PACKED:
+                else:
                     ref_low, ref_high = tl.minimum(ref_low, r), tl.maximum(ref_high, r)
                     cand_low, cand_high = tl.minimum(cand_low, c), tl.maximum(cand_high, c)
                 r, c = r.to(tl.float64), c.to(tl.float64)
@@ -298,14 +289,17 @@ def _scan(
                     row_cand2, row_dot = tl.fma(c, c, row_cand2), tl.fma(r, c, row_dot)
                 bits = d.to(tl.int64, bitcast=True)
                 low |= bits.to(tl.int32)
-                # In order as the errors are.
-                high = twice_upper(d, NATIVE)
-                exponents = (high >> 21).to(tl.int32, bitcast=True)
-                least = tl.minimum(least, (exponents - 1).to(tl.uint32, bitcast=True))
+                high, exponents = upper_half(d, NATIVE)
+                ranks += exponents
                 words = words + (words_of(exponents, BITS, NATIVE and not CAREFUL),)
-                if CAREFUL:
-                    high = tl.where(used, high | 1, 0)
-                largest = tl.maximum(largest, high)
+                if AS_FLOAT:
+                    largest = tl.maximum(largest, tl.abs(high.to(tl.float32, bitcast=True)))
+                else:
+                    # One bit further up, and in order as the errors are; with a bit that says that there is one.
+                    high = (high << 1).to(tl.uint32, bitcast=True)
+                    if CAREFUL:
+                        high = tl.where(used, high | 1, 0)
+                    largest = tl.maximum(largest, high)
             err2, ref2, cand2, dot = new_err2, new_ref2, new_cand2, new_dot
             row_sums = (row_err2, row_ref2, row_cand2, row_dot)
             if not NATIVE or CAREFUL:
@@ -323,9 +317,11 @@ def _scan(
         planes, carry = count(planes, carries, LOG, LOG_BR)
         planes = carry_over(planes, carry, LOG + LOG_BR)
         if NATIVE and not CAREFUL:
-            store_four_rows(upper, lower, by_row, start, NT)
+            store_matrices(upper, lower, by_row, start, NT, BR)
         else:
             store_rows(sums, by_row, start, strip[1], BR)
+        if AS_FLOAT:
+            largest = (largest.to(tl.int32, bitcast=True) << 1).to(tl.uint32, bitcast=True)
         more = largest > worst
         again = tl.where(more, 0, again | (largest == worst).to(tl.int32))
         low_bits = tl.where(more, low, tl.where(largest == worst, low_bits | low, low_bits))
@@ -339,17 +335,11 @@ def _scan(
     if not CAREFUL:
         redo = 1 - (absolute < float("inf")).to(tl.int32)
     if redo == 0:
-        if PACKED:
-            extremes = (
-                least_of_both(ref_low, REF), most_of_both(ref_high, REF),
-                least_of_both(cand_low, REF), most_of_both(cand_high, REF), padded,
-            )  # fmt: skip
-        else:
-            extremes = (ref_low, ref_high, cand_low, cand_high, padded)
+        extremes = (ref_low, ref_high, cand_low, cand_high, padded)
         moments = (together(err2, LOG), together(ref2, LOG), together(cand2, LOG), together(dot, LOG))
         counts = (ref_bad, cand_bad, different, together(column_dropped, LOG))
         _finish(
-            ref, cand, strip, sizes, mask, out, absolute, moments, extremes, counts, (worst, worst_at, again, low_bits), (planes, least),
+            ref, cand, strip, sizes, mask, out, absolute, moments, extremes, counts, (worst, worst_at, again, low_bits), (planes, ranks),
             REF, CAND, WIDE, FLAT, MASKED, CAREFUL, NT, V, LOG, BR, BITS,
         )  # fmt: skip
     return redo
@@ -395,7 +385,7 @@ def compare(
         SAME: both sides are of one dtype.
         FLAT: four flags: rows, then columns, of either side are in equal steps.
         ALIGNED: both sides can be read 16 bytes at a time.
-        NATIVE: may use instructions of NVIDIA's devices; both sides aligned, of one size, and BR 4.
+        NATIVE: may use instructions of NVIDIA's devices; both sides aligned, of one size, and BR 2 or 4.
         NT: threads; V: columns of each, 2^LOG; BR: rows worked on at a time, 2^LOG_BR.
         BITS: of a word that exponents are counted in.
     """

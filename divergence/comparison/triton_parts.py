@@ -42,7 +42,7 @@ def _warp_sums(first: int) -> str:
     return "{" + " ".join(lines) + "}"
 
 
-def _eight_sums() -> str:
+def _sixteen_sums() -> str:
     """PTX that finishes two sets of eight sums: value `lane // 4 + 8 * (lane % 2)`."""
     lines = [".reg .pred p;", ".reg .b32 lane, lo, hi;", ".reg .f64 a, b, keep, send;", "mov.u32 lane, %laneid;"]
     lines += ["add.f64 a, $1, $2;", "add.f64 b, $3, $4;", "and.b32 lane, lane, 1;", "setp.ne.b32 p, lane, 0;"]
@@ -52,13 +52,21 @@ def _eight_sums() -> str:
     return "{" + " ".join(lines) + "}"
 
 
+def _eight_sums() -> str:
+    """PTX that finishes eight sums: value `lane // 4`."""
+    lines = [".reg .b32 lo, hi;", ".reg .f64 keep, send;", "add.f64 keep, $1, $2;"]
+    for lane in (1, 2):
+        lines += ["mov.f64 send, keep;", *_exchange("send", lane), "add.f64 keep, keep, send;"]
+    return "{" + " ".join(lines) + " mov.f64 $0, keep; }"
+
+
 def _exchange(name: str, lane: int) -> list[str]:
     swap = [f"shfl.sync.bfly.b32 {word}, {word}, {lane}, 31, -1;" for word in ("lo", "hi")]
     return [f"mov.b64 {{lo, hi}}, {name};", *swap, f"mov.b64 {name}, {{lo, hi}};"]
 
 
 FIRST_FOUR, SECOND_FOUR = tl.constexpr(_warp_sums(0)), tl.constexpr(_warp_sums(4))
-EIGHT_SUMS = tl.constexpr(_eight_sums())
+EIGHT_SUMS, SIXTEEN_SUMS = tl.constexpr(_eight_sums()), tl.constexpr(_sixteen_sums())
 
 NOWHERE = tl.constexpr((1 << 63) - 1)
 
@@ -236,14 +244,15 @@ def exponents_of(errors):
 
 
 @triton.jit
-def twice_upper(values, NATIVE: tl.constexpr):
-    """The upper half of float64 numbers without the sign, one bit further up."""
-    if NATIVE:  # the compiler makes a shift of all 64 bits of it
+def upper_half(values, NATIVE: tl.constexpr):
+    """The upper halves of float64 numbers, and their exponents."""
+    if NATIVE:  # the compiler makes more of it
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 low, high; mov.b64 {low, high}, $1; shl.b32 $0, high, 1; }", "=r,d", (values,),
-            tl.uint32, is_pure=True, pack=1,
+            "{ .reg .b32 low, high; mov.b64 {low, $0}, $2; shl.b32 high, $0, 1; shr.u32 $1, high, 21; }",
+            "=r,=r,d", (values,), (tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    return ((values.to(tl.int64, bitcast=True) >> 32).to(tl.int32) << 1).to(tl.uint32, bitcast=True)
+    high = (values.to(tl.int64, bitcast=True) >> 32).to(tl.int32)
+    return high, (high >> 20) & 0x7FF
 
 
 @triton.jit
@@ -253,7 +262,13 @@ def words_of(exponents, BITS: tl.constexpr, NATIVE: tl.constexpr):
         one = tl.inline_asm_elementwise("min.u32 $0, $1, 1;", "=r,r", (exponents,), tl.int32, is_pure=True, pack=1)
     else:
         one = tl.minimum(exponents, 1)
-    if BITS == 64:
+    if BITS == 64 and NATIVE:
+        words = tl.inline_asm_elementwise(
+            "{ .reg .b32 at, low, high; and.b32 at, $2, 63; shl.b32 low, $1, at; sub.u32 at, at, 32; "
+            "shl.b32 high, $1, at; mov.b64 $0, {low, high}; }",
+            "=l,r,r", (one, exponents), tl.int64, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif BITS == 64:
         words = one.to(tl.int64) << (exponents & 63).to(tl.int64)
     elif NATIVE:
         words = tl.inline_asm_elementwise(
@@ -265,19 +280,26 @@ def words_of(exponents, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def tally(planes, top, histogram, BITS: tl.constexpr):
-    """Adds the counters of all threads to the histogram, for exponents from `top - BITS + 1` to `top`."""
+def tally(planes, top, histogram, sign, BITS: tl.constexpr):
+    """Adds the counters of all threads to the histogram, for exponents from `top - BITS + 1` to `top`; takes
+    them off if `sign` is -1.
+
+    Returns:
+        The sum of all these exponents.
+    """
+    sum_of_all = tl.full((), 0, tl.int64)
     for start in range(0, BITS, 8):
         bits = start + tl.arange(0, 8)
         counts = tl.zeros((planes[0].shape[0], 8), tl.int32)
         for p in tl.static_range(PLANES):
             digits = (planes[p][:, None] >> bits[None, :].to(planes[p].dtype)) & 1
             counts += digits.to(tl.int32) << p
-        total = tl.sum(counts, axis=0)
+        total = tl.sum(counts, axis=0).to(tl.int64)
         exponents = top - ((top - bits) & (BITS - 1))
-        tl.atomic_add(
-            histogram + exponents, total.to(tl.int64), mask=(exponents > 0) & (total > 0), sem="relaxed"
-        )
+        there = (exponents > 0) & (total > 0)
+        tl.atomic_add(histogram + exponents, sign * total, mask=there, sem="relaxed")
+        sum_of_all += tl.sum(tl.where(there, total * exponents, 0), axis=0)
+    return sum_of_all
 
 
 @triton.jit
@@ -306,51 +328,29 @@ def add_row(matrix, sums, SECOND: tl.constexpr):
 
 
 @triton.jit
-def store_four_rows(first, second, to, start, NT: tl.constexpr):
-    """Stores the sums of four rows, which are in the matrices of two rows each."""
-    total = tl.inline_asm_elementwise(
-        EIGHT_SUMS, "=d,d,d,d,d", first + second, tl.float64, is_pure=True, pack=1
-    )  # fmt: skip
+def store_matrices(first, second, to, start, NT: tl.constexpr, BR: tl.constexpr):
+    """Stores the sums of two or four rows, which are in one matrix or in two."""
+    lane = tl.arange(0, 32)
+    if BR == 4:
+        total = tl.inline_asm_elementwise(
+            SIXTEEN_SUMS, "=d,d,d,d,d", first + second, tl.float64, is_pure=True, pack=1
+        )
+        which = lane // 4 + 8 * (lane % 2)
+        stored = lane & 2
+    else:
+        total = tl.inline_asm_elementwise(EIGHT_SUMS, "=d,d,d", first, tl.float64, is_pure=True, pack=1)
+        which = lane // 4
+        stored = lane & 3
     if NT > 32:
         total = tl.sum(tl.reshape(total, (NT // 32, 32)), axis=0)
-    lane = tl.arange(0, 32)
-    which = lane // 4 + 8 * (lane % 2)
     rows = start + which // 4
-    tl.store(to + rows.to(tl.int64) * 4 + which % 4, total, mask=(lane & 2) == 0)
-
-
-@triton.jit
-def least_of(a, b, KIND: tl.constexpr):
-    """The lesser of two values of 16 bits, twice in a word."""
-    if KIND == BFLOAT16:
-        return tl.inline_asm_elementwise("min.bf16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
-    return tl.inline_asm_elementwise("min.f16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
-
-
-@triton.jit
-def most_of(a, b, KIND: tl.constexpr):
-    """The greater of two values of 16 bits, twice in a word."""
-    if KIND == BFLOAT16:
-        return tl.inline_asm_elementwise("max.bf16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
-    return tl.inline_asm_elementwise("max.f16x2 $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1)
+    tl.store(to + rows.to(tl.int64) * 4 + which % 4, total, mask=stored == 0)
 
 
 @triton.jit
 def _both(words, KIND: tl.constexpr):
     """Two values of 16 bits in a word, as float32."""
     return values_of(words.to(tl.int16), 0, KIND, False), values_of((words >> 16).to(tl.int16), 0, KIND, False)
-
-
-@triton.jit
-def least_of_both(words, KIND: tl.constexpr):
-    low, high = _both(words, KIND)
-    return tl.minimum(low, high)
-
-
-@triton.jit
-def most_of_both(words, KIND: tl.constexpr):
-    low, high = _both(words, KIND)
-    return tl.maximum(low, high)
 
 
 @triton.jit
