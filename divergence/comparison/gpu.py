@@ -69,7 +69,7 @@ class Tiling:
         rows: that are worked on at a time: 1, 2 or 4.
         depth: rows of a program, a multiple of `rows`; 0 for as many as share the rows out evenly.
         bits: of the words that errors are counted in, 32 or 64.
-        ahead: rows that are read before they are worked on.
+        stages: steps of `rows` whose values are on their way at a time, if the device can.
         registers: of a thread; a multiprocessor has 2^16, and runs as many threads as these are enough for.
     """
 
@@ -78,7 +78,7 @@ class Tiling:
     rows: int
     depth: int
     bits: int
-    ahead: int = 2
+    stages: int = 4
     registers: int = 168
 
     @property
@@ -370,7 +370,7 @@ class Results:
             MASKED=matrix.mask is not None,
             NATIVE=aligned and matrix.native and tiling.rows > 1,
             NT=tiling.threads, V=tiling.run, LOG=tiling.run.bit_length() - 1,
-            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits, AHEAD=tiling.ahead,
+            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits, STAGES=tiling.stages,
             num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
         )  # fmt: skip
         self.token.add(row_sums.view(strips, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))

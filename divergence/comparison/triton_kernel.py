@@ -33,8 +33,12 @@ from divergence.comparison.triton_parts import (
     errors_of,
     exponents_of,
     finite,
+    least_of,
+    least_of_both,
     is_valid,
     load,
+    most_of,
+    most_of_both,
     own,
     pairs_of,
     store_matrices,
@@ -154,8 +158,6 @@ def _read(
     ref, cand, at, row, end, columns, column_end, sizes, FLAT: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """What is stored in a row of either side, `[NT * V]`; if not careful, in the last one where there is none."""
-    if not CAREFUL:
-        row = tl.minimum(row, end - 1)
     inside = columns < tl.where(row < end, column_end, 0)
     one = load(ref, at[0], row, inside, sizes, FLAT & 1, not CAREFUL)
     other = load(cand, at[1], row, inside, sizes, FLAT & 2, not CAREFUL)
@@ -168,7 +170,7 @@ def _scan(
     REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
     MASKED: tl.constexpr, CAREFUL: tl.constexpr, NATIVE: tl.constexpr, PACKED: tl.constexpr, NT: tl.constexpr,
     V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Goes over one strip. All is `[NT]`: each thread computes with its own columns, one after another.
 
@@ -201,8 +203,13 @@ def _scan(
     worst_at = integer
     again = integer
     low_bits = integer
-    ref_low = tl.full((NT,), float("inf"), kind)
-    ref_high = tl.full((NT,), float("-inf"), kind)
+    if PACKED:
+        # Infinities, twice in a word.
+        ref_low = integer + (0x7F807F80 if REF == BFLOAT16 else 0x7C007C00)
+        ref_high = integer - (0x007F0080 if REF == BFLOAT16 else 0x03FF0400)
+    else:
+        ref_low = tl.full((NT,), float("inf"), kind)
+        ref_high = tl.full((NT,), float("-inf"), kind)
     cand_low = ref_low
     cand_high = ref_high
     different = integer
@@ -216,12 +223,10 @@ def _scan(
         one, other, size = packed
         read = strip[2] // 2 + tl.arange(0, NT * V // 2)
     at = columns_at(one, read, size, FLAT & 4), columns_at(other, read, size, FLAT & 8)
-    ahead = ()
-    for u in tl.static_range(AHEAD):
-        row = strip[0] + u
-        ahead = ahead + (_read(one, other, at, row, strip[1], read, strip[3], size, FLAT, CAREFUL),)
-    for start in range(strip[0], strip[1], BR):
-        rows = ahead
+    for start in tl.range(strip[0], strip[1], BR, num_stages=1 if CAREFUL else STAGES):
+        rows = ()
+        for u in tl.static_range(BR):
+            rows = rows + (_read(one, other, at, start + u, strip[1], read, strip[3], size, FLAT, CAREFUL),)
         carries, sums = (), ()
         largest = tl.zeros((NT,), tl.float32) if AS_FLOAT else nowhere
         low = integer
@@ -235,15 +240,14 @@ def _scan(
                 r_all, c_all = pairs_of(r_words, LOG, REF), pairs_of(c_words, LOG, REF)
                 for i in tl.static_range(V // 2):
                     different |= r_words[i] ^ c_words[i]
+                    ref_low, ref_high = least_of(ref_low, r_words[i], REF), most_of(ref_high, r_words[i], REF)
+                    cand_low, cand_high = least_of(cand_low, c_words[i], REF), most_of(cand_high, c_words[i], REF)
             else:
                 r_raw, c_raw = apart(own(raw[0], NT, V), LOG), apart(own(raw[1], NT, V), LOG)
                 r_all, c_all = (), ()
                 for v in tl.static_range(V):
                     r_all = r_all + (values_of(r_raw[v], ref[5], REF, WIDE),)
                     c_all = c_all + (values_of(c_raw[v], cand[5], CAND, WIDE),)
-            # Rows are read while those before are worked on.
-            after = _read(one, other, at, row + AHEAD, strip[1], read, strip[3], size, FLAT, CAREFUL)
-            rows = rows + (after,)
             if SAME and not PACKED:
                 for v in tl.static_range(V):
                     bits = r_raw[v] ^ c_raw[v]
@@ -272,7 +276,7 @@ def _scan(
                     cand_low = tl.minimum(cand_low, tl.where(cand_ok, c, float("inf")))
                     cand_high = tl.maximum(cand_high, tl.where(cand_ok, c, float("-inf")))
                     r, c = tl.where(used, r, 0.0), tl.where(used, c, 0.0)
-                else:
+                elif not PACKED:
                     ref_low, ref_high = tl.minimum(ref_low, r), tl.maximum(ref_high, r)
                     cand_low, cand_high = tl.minimum(cand_low, c), tl.maximum(cand_high, c)
                 r, c = r.to(tl.float64), c.to(tl.float64)
@@ -327,15 +331,18 @@ def _scan(
         low_bits = tl.where(more, low, tl.where(largest == worst, low_bits | low, low_bits))
         worst_at = tl.where(more, start, worst_at)
         worst = tl.maximum(worst, largest)
-        ahead = ()
-        for u in tl.static_range(AHEAD):
-            ahead = ahead + (rows[BR + u],)
     absolute = tl.sum(total)
     redo = 0
     if not CAREFUL:
         redo = 1 - (absolute < float("inf")).to(tl.int32)
     if redo == 0:
-        extremes = (ref_low, ref_high, cand_low, cand_high, padded)
+        if PACKED:
+            extremes = (
+                least_of_both(ref_low, REF), most_of_both(ref_high, REF),
+                least_of_both(cand_low, REF), most_of_both(cand_high, REF), padded,
+            )  # fmt: skip
+        else:
+            extremes = (ref_low, ref_high, cand_low, cand_high, padded)
         moments = (together(err2, LOG), together(ref2, LOG), together(cand2, LOG), together(dot, LOG))
         counts = (ref_bad, cand_bad, different, together(column_dropped, LOG))
         _finish(
@@ -363,7 +370,7 @@ def compare(
     REF: tl.constexpr, CAND: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
     ALIGNED: tl.constexpr, MASKED: tl.constexpr, NATIVE: tl.constexpr, NT: tl.constexpr,
     V: tl.constexpr, LOG: tl.constexpr, BR: tl.constexpr, LOG_BR: tl.constexpr, BITS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compares two matrices, part by part; a program goes down one strip.
 
@@ -435,11 +442,11 @@ def compare(
     if careful == 0:
         careful = _scan(
             one, other, packed, strip, sizes, mask, out,
-            REF, CAND, WIDE, SAME, FLAT, False, False, NATIVE, PACKED, NT, V, LOG, BR, LOG_BR, BITS, AHEAD,
+            REF, CAND, WIDE, SAME, FLAT, False, False, NATIVE, PACKED, NT, V, LOG, BR, LOG_BR, BITS, STAGES,
         )  # fmt: skip
         tl.debug_barrier()
     if careful != 0:
         _scan(
             one, other, packed, strip, sizes, mask, out,
-            REF, CAND, WIDE, SAME, FLAT, MASKED, True, NATIVE, False, NT, V, LOG, 1, 0, BITS, AHEAD,
+            REF, CAND, WIDE, SAME, FLAT, MASKED, True, NATIVE, False, NT, V, LOG, 1, 0, BITS, STAGES,
         )  # fmt: skip

@@ -348,6 +348,36 @@ def store_matrices(first, second, to, start, NT: tl.constexpr, BR: tl.constexpr)
 
 
 @triton.jit
+def least_of(a, b, KIND: tl.constexpr):
+    """The lesser of two values of 16 bits, twice in a word."""
+    return tl.inline_asm_elementwise(
+        "min.bf16x2 $0, $1, $2;" if KIND == BFLOAT16 else "min.f16x2 $0, $1, $2;",
+        "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def most_of(a, b, KIND: tl.constexpr):
+    """The greater of two values of 16 bits, twice in a word."""
+    return tl.inline_asm_elementwise(
+        "max.bf16x2 $0, $1, $2;" if KIND == BFLOAT16 else "max.f16x2 $0, $1, $2;",
+        "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def least_of_both(words, KIND: tl.constexpr):
+    low, high = _both(words, KIND)
+    return tl.minimum(low, high)
+
+
+@triton.jit
+def most_of_both(words, KIND: tl.constexpr):
+    low, high = _both(words, KIND)
+    return tl.maximum(low, high)
+
+
+@triton.jit
 def _both(words, KIND: tl.constexpr):
     """Two values of 16 bits in a word, as float32."""
     return values_of(words.to(tl.int16), 0, KIND, False), values_of((words >> 16).to(tl.int16), 0, KIND, False)
