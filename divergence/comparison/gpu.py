@@ -10,6 +10,7 @@ definitions, and so with the CPU, to a relative 1e-12.
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 ROW_BYTES = 36 << 20
 """Most bytes of partial sums of rows."""
 
-COLUMN_BYTES = 12 << 20
+COLUMN_BYTES = 13 << 20
 """Most bytes of partial sums of columns."""
 
 SUMS_BYTES = 32
@@ -38,7 +39,7 @@ LEAST_DEPTH = 16
 """Least rows of a program by default: each writes sums of its columns."""
 
 END_ROWS = 24
-"""What the end of a strip costs, in rows of it."""
+"""What the end of a strip costs, and a launch, in rows of a strip."""
 
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
@@ -209,12 +210,14 @@ class _Matrix:
 
 def _tiling(matrix: _Matrix) -> Tiling:
     """What suits shape and dtypes: 16 bytes of a thread at a time, and no more threads than columns need."""
-    run = min(8, 16 // max(side.element_size() for side in matrix.sides))
-    threads = min(128, max(32, _power(matrix.columns) // run))
+    size = max(side.element_size() for side in matrix.sides)
+    run = min(8, 16 // size)
+    bits, registers, most = (32, 255, 64) if size <= 2 else (64, 168, 128)
+    threads = min(most, max(32, _power(matrix.columns) // run))
     run = min(run, _power(-(-matrix.columns // threads)))
     while matrix.heads > 1 and matrix.channels % run:
         run //= 2  # what a thread reads of a row must lie in one head (see `worst_at` in the kernel)
-    return Tiling(threads, run, 4, 0, 64)
+    return Tiling(threads, run, 2, 0, bits, stages=4, registers=registers)
 
 
 def _power(n: int) -> int:
@@ -246,13 +249,13 @@ class _Plan:
         width = tiling.width
         columns = min(matrix.columns, max(1, for_columns // width) * width)
         strips = -(-columns // width)
-        most = max(tiling.rows, for_rows // strips)
-        rows = -(-matrix.rows // -(-matrix.rows // most))
-        most_blocks = max(1, for_columns // columns)
-        depth = tiling.depth or _depth(rows, strips, most_blocks, _resident(matrix.device, tiling))
-        depth = min(depth, kernel.MOST_COUNTED // tiling.run // tiling.rows * tiling.rows)
-        depth = -(-depth // tiling.rows) * tiling.rows
-        step = depth * max(1, min(-(-rows // depth), most_blocks))
+        most = _Most(
+            rows=max(tiling.rows, for_rows // strips),
+            blocks=max(1, for_columns // columns),
+            depth=kernel.MOST_COUNTED // tiling.run // tiling.rows * tiling.rows,
+        )
+        blocks, depth = _share(matrix.rows, strips, tiling, most, _resident(matrix.device, tiling))
+        step = depth * blocks
         launches = []
         number = 0
         for row, column in itertools.product(range(0, matrix.rows, step), range(0, matrix.columns, columns)):
@@ -271,16 +274,29 @@ class _Plan:
         return self.launches[-1].first + self.launches[-1].programs
 
 
-def _depth(rows: int, strips: int, most_blocks: int, resident: int) -> int:
-    """Rows of a program with which all are done soonest, if `resident` programs run at a time."""
-    whole = (max(1, times * resident // strips) for times in range(1, 9))
-    depths = {max(LEAST_DEPTH, -(-rows // min(blocks, most_blocks))) for blocks in whole}
+@dataclass(frozen=True)
+class _Most:
+    """What a launch (rows, blocks of rows) and a program (depth) can have."""
 
-    def seconds(depth: int) -> int:
-        programs = -(-rows // depth) * strips
-        return -(-programs // resident) * (depth + END_ROWS)
+    rows: int
+    blocks: int
+    depth: int
 
-    return min(depths, key=lambda depth: (seconds(depth), depth))
+
+def _share(rows: int, strips: int, tiling: Tiling, most: _Most, resident: int) -> tuple[int, int]:
+    """Blocks of a launch and rows of each with which all is done soonest, `resident` programs at a time."""
+    found = {}
+    for programs in range(resident, 9 * resident, resident):
+        blocks = min(most.blocks, max(1, programs // strips))
+        depth = min(most.depth, max(tiling.rows, most.rows // blocks // tiling.rows * tiling.rows))
+        launches = -(-rows // (blocks * depth))
+        even = max(LEAST_DEPTH, -(-rows // (launches * blocks)))
+        depth = min(depth, -(-(tiling.depth or even) // tiling.rows) * tiling.rows)
+        blocks = min(blocks, -(-rows // depth))
+        launches = -(-rows // (blocks * depth))
+        waves = -(-blocks * strips // resident)
+        found[blocks, depth] = launches * (waves * (depth + END_ROWS) + END_ROWS)
+    return min(found, key=lambda pair: (found[pair], pair))
 
 
 class _Axis:
@@ -295,15 +311,14 @@ class _Axis:
         self.members[-1] = size - self.group * (self.entries - 1)
 
     def add(self, sums: torch.Tensor, start: int, to: torch.Tensor) -> None:
-        """Adds sums `[rows or columns, 4]` from `start` on to those of their entries."""
+        """Adds sums `[parts, rows or columns, 4]` from `start` on to those of their entries."""
         group = self.group * self.share
-        if group > 1:
-            before = start % group
-            behind = -(before + len(sums)) % group
-            padded = torch.nn.functional.pad(sums, (0, 0, before, behind))
-            sums = padded.view(-1, group, 4).sum(1)
-        first = start // group
-        to[first : first + len(sums)] += sums
+        first, before = divmod(start, group)
+        behind = -(before + sums.shape[1]) % group
+        if before or behind:
+            sums = torch.nn.functional.pad(sums.sum(0, keepdim=True), (0, 0, before, behind))
+        pooled = sums.view(len(sums), -1, group, 4).sum((0, 2))
+        to[first : first + len(pooled)] += pooled
 
 
 class Results:
@@ -340,8 +355,8 @@ class Results:
     def run(self, launch: _Launch) -> None:
         """Goes over a part of the matrix."""
         matrix, tiling = self.matrix, self.plan.tiling
-        histogram, token_lost, channel_lost, head_lost, peak, integers, floats, token, channel, head = self.parts(
-            self.buffer
+        (histogram, token_lost, channel_lost, head_lost, peak, integers, floats, token, channel, head) = (
+            self.parts(self.buffer)
         )
         blocks, strips = -(-len(launch.rows) // tiling.depth), -(-len(launch.columns) // tiling.width)
         rows = len(launch.rows) * strips
@@ -349,35 +364,71 @@ class Results:
             (rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device
         )
         row_sums, column_sums = partial[:rows], partial[rows:]
-        ref, cand = matrix.sides
-        aligned = matrix.aligned(ref) and matrix.aligned(cand)
-        unit = 16 if aligned else 1
-        (ref_steps, cand_steps) = ([step // unit for step in matrix.steps(side)] for side in matrix.sides)
+        aligned = all(map(matrix.aligned, matrix.sides))
         token_group, channel_group, head_group = (
             axis.group for axis in (self.token, self.channel, self.head)
         )
-        first, end = launch.columns.start // 32, launch.columns.stop
+        unit = 16 if aligned else 1
         compare_matrices[(launch.programs,)](
-            ref.view(INTEGER[ref.element_size()]), *ref_steps, _table(ref.dtype, matrix.device),
-            cand.view(INTEGER[cand.element_size()]), *cand_steps, _table(cand.dtype, matrix.device),
-            self.mask, self.plain[launch.rows.start // tiling.depth :],
+            *self._sides(unit), self.mask, self.plain[launch.rows.start // tiling.depth :],
             matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
-            launch.rows.start, launch.rows.stop, first, end, tiling.depth,
+            *self._part(launch),
             histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
             row_sums, column_sums, floats, integers, peak, launch.first,
-            REF=_stored(ref.dtype), CAND=_stored(cand.dtype), WIDE=matrix.wide, SAME=matrix.same_dtype,
-            FLAT=matrix.flat, ALIGNED=aligned,
-            MASKED=matrix.mask is not None,
+            **self._constants(), SAME=matrix.same_dtype, ALIGNED=aligned,
             NATIVE=aligned and matrix.native and tiling.rows > 1,
-            NT=tiling.threads, V=tiling.run, LOG=tiling.run.bit_length() - 1,
-            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, BITS=tiling.bits, STAGES=tiling.stages,
+            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, STAGES=tiling.stages,
             num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
         )  # fmt: skip
-        self.token.add(row_sums.view(strips, -1, 4).sum(0), launch.rows.start, token.view(-1, 4))
-        by_column = column_sums.view(blocks, -1, 4).sum(0)
+        self.token.add(row_sums.view(strips, -1, 4), launch.rows.start, token.view(-1, 4))
+        by_column = column_sums.view(blocks, -1, 4).sum(0, keepdim=True)
         self.channel.add(by_column, launch.columns.start, channel.view(-1, 4))
         if matrix.form.has_head:
             self.head.add(by_column, launch.columns.start, head.view(-1, 4))
+
+    def _sides(self, unit: int) -> list[Any]:
+        """Both sides for a kernel: address, steps in units of `unit`, values of bytes."""
+        sides: list[Any] = []
+        for side in self.matrix.sides:
+            steps = (step // unit for step in self.matrix.steps(side))
+            sides += [side.view(INTEGER[side.element_size()]), *steps, _table(side.dtype, self.matrix.device)]
+        return sides
+
+    def _part(self, launch: _Launch) -> tuple[int, ...]:
+        return (
+            *(launch.rows.start, launch.rows.stop),
+            *(launch.columns.start // 32, launch.columns.stop),
+            self.plan.tiling.depth,
+        )
+
+    def _constants(self) -> dict[str, Any]:
+        ref, cand = self.matrix.sides
+        tiling = self.plan.tiling
+        return {
+            "REF": _stored(ref.dtype),
+            "CAND": _stored(cand.dtype),
+            "WIDE": self.matrix.wide,
+            "FLAT": self.matrix.flat,
+            "MASKED": self.matrix.mask is not None,
+            "NT": tiling.threads,
+            "V": tiling.run,
+            "LOG": tiling.run.bit_length() - 1,
+            "BITS": tiling.bits,
+        }
+
+    def _recount(self, largest: float) -> torch.Tensor:
+        """All errors by exponent, the largest of which is `largest`: `[EXPONENTS]`, on the device."""
+        from divergence.comparison.triton_recount import recount
+
+        matrix, tiling = self.matrix, self.plan.tiling
+        histogram = torch.zeros(EXPONENTS, dtype=torch.int64, device=matrix.device)
+        top = math.frexp(largest)[1] + 1022
+        for launch in self.plan.launches:
+            recount[(launch.programs,)](
+                *self._sides(1), self.mask, matrix.heads, matrix.tokens, matrix.channels,
+                *self._part(launch), top, histogram, **self._constants(), num_warps=tiling.threads // 32,
+            )  # fmt: skip
+        return histogram
 
     def metrics(self) -> Metrics:
         """The metrics that follow from what was found."""
@@ -395,14 +446,16 @@ class Results:
         numbers = integers.reshape(-1, kernel.INTEGERS.value)
         figures = floats.reshape(-1, kernel.FLOATS.value)
         compared = matrix.rows * matrix.columns - int(token_lost.sum())
-        histogram[0] = compared - int(histogram.sum())
         worst, padded = float(figures[:, 1].max()), float(figures[:, 6].max())
+        if (numbers[:, 3] >= kernel.MISCOUNTED.value).any():
+            histogram = self._recount(worst).cpu().numpy()
+        histogram[0] = compared - int(histogram.sum())
         valid = matrix.rows if matrix.mask is None else int(matrix.mask.sum())
         scan = Scan(
             elements=valid * matrix.columns,
             ref_nonfinite=int(numbers[:, 1].sum()),
             cand_nonfinite=int(numbers[:, 2].sum()),
-            bit_equal=matrix.same_dtype and not numbers[:, 3].any(),
+            bit_equal=matrix.same_dtype and not (numbers[:, 3] & 1).any(),
             abs_sum=float(figures[:, 0].sum()),
             max_abs=(worst, self._index(int(numbers[figures[:, 1] == worst, 0].min())))
             if worst >= 0

@@ -10,7 +10,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16, TABLE, SIGNED, UNSIGNED = (tl.constexpr(i) 
 
 EXPONENTS = tl.constexpr(2048)
 
-PLANES = tl.constexpr(13)
+PLANES = tl.constexpr(14)
 """Digits of a thread's counters."""
 
 MOST_COUNTED = (1 << PLANES.value) - 1
@@ -18,46 +18,35 @@ MOST_COUNTED = (1 << PLANES.value) - 1
 
 FLOATS, INTEGERS = tl.constexpr(8), tl.constexpr(4)
 """Figures of a program: sum and maximum of |c - r|, range of either side, maximum of |c - r| at padded tokens;
-place of the maximum in canonical order, non-finite values of either side, whether bits differ."""
+place of the maximum in canonical order, non-finite values of either side, whether bits differ plus `MISCOUNTED`."""
+
+MISCOUNTED = tl.constexpr(2)
+"""Of a program whose errors span too many powers of two."""
 
 
-def _warp_sums(first: int) -> str:
-    """PTX that adds up four float64 of each thread over its warp, by the tensor cores, as far as they can.
-
-    A product `[8, 4] x [4, 8]` in float64 takes one value of each thread in either factor. With a value of the
-    threads as the right factor, and a left one whose row j is 1 and all else 0, row j of the result has its
-    sums over four threads each: `[8, 8]` holds eight values' sums, and what is left to be added up of a value
-    are two columns of each of four threads (`EIGHT_SUMS`). The values go into rows from `first` on.
-    """
-    lines = [".reg .pred p;", ".reg .b32 row;", ".reg .f64 one;", "mov.u32 row, %laneid;", "shr.u32 row, row, 2;"]
-    into = "{$0, $1}"
-    before = "{$2, $3}"
-    for j in range(4):
-        lines += [
-            f"setp.eq.u32 p, row, {first + j};",
-            "selp.f64 one, 0d3FF0000000000000, 0d0000000000000000, p;",
-            f"mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {into}, {{one}}, {{${j + 4}}}, {before};",
-        ]
-        before = into
-    return "{" + " ".join(lines) + "}"
-
-
-def _sixteen_sums() -> str:
-    """PTX that finishes two sets of eight sums: value `lane // 4 + 8 * (lane % 2)`."""
-    lines = [".reg .pred p;", ".reg .b32 lane, lo, hi;", ".reg .f64 a, b, keep, send;", "mov.u32 lane, %laneid;"]
-    lines += ["add.f64 a, $1, $2;", "add.f64 b, $3, $4;", "and.b32 lane, lane, 1;", "setp.ne.b32 p, lane, 0;"]
-    lines += ["selp.f64 keep, b, a, p;", "selp.f64 send, a, b, p;"]
-    lines += [*_exchange("send", 1), "add.f64 keep, keep, send;"]
-    lines += ["mov.f64 send, keep;", *_exchange("send", 2), "add.f64 $0, keep, send;"]
-    return "{" + " ".join(lines) + "}"
-
-
-def _eight_sums() -> str:
-    """PTX that finishes eight sums: value `lane // 4`."""
-    lines = [".reg .b32 lo, hi;", ".reg .f64 keep, send;", "add.f64 keep, $1, $2;"]
-    for lane in (1, 2):
-        lines += ["mov.f64 send, keep;", *_exchange("send", lane), "add.f64 keep, keep, send;"]
-    return "{" + " ".join(lines) + " mov.f64 $0, keep; }"
+def _sums_over_lanes(values: int) -> str:
+    """PTX that sums `values` float64 of each thread over its warp. Where every sum for itself would take five
+    exchanges, threads first share the sums out: in each step a thread keeps half of what it has and is given its
+    partner's share of that half. Result: the sum of value `lane * values // 32`."""
+    lines = [".reg .pred p;", ".reg .b32 lane, bit, lo, hi;", ".reg .f64 keep, send;"]
+    lines += [f".reg .f64 x<{values}>;", "mov.u32 lane, %laneid;"]
+    lines += [f"mov.f64 x{i}, ${i + 1};" for i in range(values)]
+    lane = 16
+    while values > 1:
+        values //= 2
+        lines += [f"and.b32 bit, lane, {lane};", "setp.ne.b32 p, bit, 0;"]
+        for i in range(values):
+            lines += [
+                f"selp.f64 keep, x{i + values}, x{i}, p;",
+                f"selp.f64 send, x{i}, x{i + values}, p;",
+                *_exchange("send", lane),
+                f"add.f64 x{i}, keep, send;",
+            ]
+        lane //= 2
+    while lane > 0:
+        lines += ["mov.f64 send, x0;", *_exchange("send", lane), "add.f64 x0, x0, send;"]
+        lane //= 2
+    return "{" + " ".join(lines) + " mov.f64 $0, x0; }"
 
 
 def _exchange(name: str, lane: int) -> list[str]:
@@ -65,8 +54,7 @@ def _exchange(name: str, lane: int) -> list[str]:
     return [f"mov.b64 {{lo, hi}}, {name};", *swap, f"mov.b64 {name}, {{lo, hi}};"]
 
 
-FIRST_FOUR, SECOND_FOUR = tl.constexpr(_warp_sums(0)), tl.constexpr(_warp_sums(4))
-EIGHT_SUMS, SIXTEEN_SUMS = tl.constexpr(_eight_sums()), tl.constexpr(_sixteen_sums())
+EIGHT_SUMS, SIXTEEN_SUMS = tl.constexpr(_sums_over_lanes(8)), tl.constexpr(_sums_over_lanes(16))
 
 NOWHERE = tl.constexpr((1 << 63) - 1)
 
@@ -259,7 +247,9 @@ def upper_half(values, NATIVE: tl.constexpr):
 def words_of(exponents, BITS: tl.constexpr, NATIVE: tl.constexpr):
     """One bit for each exponent; none for 0."""
     if NATIVE:  # the compiler makes a comparison and a selection of it
-        one = tl.inline_asm_elementwise("min.u32 $0, $1, 1;", "=r,r", (exponents,), tl.int32, is_pure=True, pack=1)
+        one = tl.inline_asm_elementwise(
+            "min.u32 $0, $1, 1;", "=r,r", (exponents,), tl.int32, is_pure=True, pack=1
+        )
     else:
         one = tl.minimum(exponents, 1)
     if BITS == 64 and NATIVE:
@@ -280,9 +270,8 @@ def words_of(exponents, BITS: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def tally(planes, top, histogram, sign, BITS: tl.constexpr):
-    """Adds the counters of all threads to the histogram, for exponents from `top - BITS + 1` to `top`; takes
-    them off if `sign` is -1.
+def tally(planes, top, histogram, BITS: tl.constexpr):
+    """Adds the counters of all threads to the histogram, for exponents from `top - BITS + 1` to `top`.
 
     Returns:
         The sum of all these exponents.
@@ -297,54 +286,42 @@ def tally(planes, top, histogram, sign, BITS: tl.constexpr):
         total = tl.sum(counts, axis=0).to(tl.int64)
         exponents = top - ((top - bits) & (BITS - 1))
         there = (exponents > 0) & (total > 0)
-        tl.atomic_add(histogram + exponents, sign * total, mask=there, sem="relaxed")
+        tl.atomic_add(histogram + exponents, total, mask=there, sem="relaxed")
         sum_of_all += tl.sum(tl.where(there, total * exponents, 0), axis=0)
     return sum_of_all
 
 
 @triton.jit
-def store_rows(sums, to, start, end, BR: tl.constexpr):
+def store_rows(sums, to, start, end, NT: tl.constexpr, BR: tl.constexpr, NATIVE: tl.constexpr):
     """Stores sums of rows from `start` on, over the columns of the program.
 
     Args:
         sums: four of each row, `[NT]`.
         to: where the sums of row 0 are.
+        NATIVE: see `compare`; all rows are there.
     """
-    four = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
-    for u in tl.static_range(BR):
-        row = start + u
-        each = tl.join(tl.join(sums[4 * u], sums[4 * u + 1]), tl.join(sums[4 * u + 2], sums[4 * u + 3]))
-        total = tl.sum(each, axis=0)
-        tl.store(to + row.to(tl.int64) * 4 + four, total, mask=four < tl.where(row < end, 4, 0))
-
-
-@triton.jit
-def add_row(matrix, sums, SECOND: tl.constexpr):
-    """Adds the four sums `[NT]` of a row, of eight in a matrix of each warp; see `_warp_sums`."""
-    return tl.inline_asm_elementwise(
-        SECOND_FOUR if SECOND else FIRST_FOUR, "=&d,=&d,d,d,d,d,d,d", matrix + sums,
-        (tl.float64, tl.float64), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def store_matrices(first, second, to, start, NT: tl.constexpr, BR: tl.constexpr):
-    """Stores the sums of two or four rows, which are in one matrix or in two."""
-    lane = tl.arange(0, 32)
-    if BR == 4:
-        total = tl.inline_asm_elementwise(
-            SIXTEEN_SUMS, "=d,d,d,d,d", first + second, tl.float64, is_pure=True, pack=1
-        )
-        which = lane // 4 + 8 * (lane % 2)
-        stored = lane & 2
+    if NATIVE:
+        if BR == 4:
+            total = tl.inline_asm_elementwise(
+                SIXTEEN_SUMS, "=d" + ",d" * 16, sums, tl.float64, is_pure=False, pack=1
+            )  # fmt: skip
+        else:
+            total = tl.inline_asm_elementwise(
+                EIGHT_SUMS, "=d" + ",d" * 8, sums, tl.float64, is_pure=False, pack=1
+            )  # fmt: skip
+        if NT > 32:
+            total = tl.sum(tl.reshape(total, (NT // 32, 32)), axis=0)
+        lane = tl.arange(0, 32)
+        which = lane * BR // 8
+        rows = start + which // 4
+        tl.store(to + rows.to(tl.int64) * 4 + which % 4, total, mask=lane % (8 // BR) == 0)
     else:
-        total = tl.inline_asm_elementwise(EIGHT_SUMS, "=d,d,d", first, tl.float64, is_pure=True, pack=1)
-        which = lane // 4
-        stored = lane & 3
-    if NT > 32:
-        total = tl.sum(tl.reshape(total, (NT // 32, 32)), axis=0)
-    rows = start + which // 4
-    tl.store(to + rows.to(tl.int64) * 4 + which % 4, total, mask=stored == 0)
+        four = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
+        for u in tl.static_range(BR):
+            row = start + u
+            each = tl.join(tl.join(sums[4 * u], sums[4 * u + 1]), tl.join(sums[4 * u + 2], sums[4 * u + 3]))
+            total = tl.sum(each, axis=0)
+            tl.store(to + row.to(tl.int64) * 4 + four, total, mask=four < tl.where(row < end, 4, 0))
 
 
 @triton.jit
@@ -380,7 +357,9 @@ def most_of_both(words, KIND: tl.constexpr):
 @triton.jit
 def _both(words, KIND: tl.constexpr):
     """Two values of 16 bits in a word, as float32."""
-    return values_of(words.to(tl.int16), 0, KIND, False), values_of((words >> 16).to(tl.int16), 0, KIND, False)
+    return values_of(words.to(tl.int16), 0, KIND, False), values_of(
+        (words >> 16).to(tl.int16), 0, KIND, False
+    )
 
 
 @triton.jit
