@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from divergence.probes.tensorrt.hosts import Host, Stage
 from divergence.probes.tensorrt.poison import NAN_BYTE, differences
+
+if TYPE_CHECKING:
+    import torch
 
 _CLAIMS = {
     "synchronised": "results change when the host waits for the device after every step",

@@ -62,7 +62,6 @@ def digest_of(path: Path) -> str:
     Raises:
         SourceError: the file cannot be read.
     """
-
     own = threading.local()
 
     def part(start: int) -> bytes:
