@@ -347,7 +347,7 @@ def test_a_disk_that_fails_under_a_device_is_one_line(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("memory", [None, 1, 1 << 30])
+@pytest.mark.parametrize("memory", [None, 1 << 20, 1 << 30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.float8_e4m3fn])
 def test_tensors_of_a_real_device_arrive_though_the_model_writes_into_them_at_once(
     tmp_path: Path, memory: int | None, dtype: torch.dtype
@@ -378,6 +378,6 @@ def test_a_model_on_a_device_is_captured_as_on_the_cpu(tmp_path: Path) -> None:
     model, inputs = llama(3), inputs_for("llama")
     result = compare(model, llama(3).cuda(), inputs, config=Config(), precision="fp32", replay="always")
     assert result.verdict == "pass", result.reason
-    result = compare(llama(3).cuda(), faulty(llama(3), 1).cuda(), inputs, config=Config(), memory=1)
+    result = compare(llama(3).cuda(), faulty(llama(3), 1).cuda(), inputs, config=Config(), memory=1 << 16)
     assert result.first_divergence is not None
     assert result.first_divergence.site == "layers.1.value"
