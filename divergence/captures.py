@@ -233,11 +233,15 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
     import torch
 
     flat = tensor.reshape(-1).contiguous()
-    octets = flat.view(torch.uint8)
-    if octets.storage_offset() % WORD:  # cannot be seen as words in place
-        octets = octets.clone()
-    words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-    parts = [octets[words.numel() * WORD :].clone(), flat[:: -(-flat.numel() // 64)].clone()]
+    parts = [flat[:: -(-flat.numel() // 64)].clone()]
+    if not any(count * flat.itemsize % WORD for count in (flat.numel(), flat.storage_offset())):
+        words = flat.view(torch.int64)
+    else:
+        octets = flat.view(torch.uint8)
+        if octets.storage_offset() % WORD:  # cannot be seen as words in place
+            octets = octets.clone()
+        words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
+        parts.insert(0, octets[words.numel() * WORD :].clone())
     if words.numel():
         parts.append(torch.hash_tensor(words).reshape(-1))
     return [part.view(torch.uint8) for part in parts if part.numel()]

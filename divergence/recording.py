@@ -103,11 +103,14 @@ class CaptureWriter:
     ) -> None:
         if self._staging is not None:
             self._staging.abandon()
+        # Whoever still holds this as its sink, if only in a cycle, shall hold no buffers by it.
+        self._staging = None
         if not self._closed:
             self._shards.abandon()
             for name in list(self._held):
                 self._forget(name)
             shutil.rmtree(self._partial, ignore_errors=True)
+        self._held = {}
 
     def __call__(self, observation: Observation) -> None:
         """Takes one observation (a `divergence.probes.Sink`); a later one of the same site

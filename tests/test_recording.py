@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,7 +303,7 @@ class DeviceWriter(CaptureWriter):
     """Takes tensors of the CPU for those of a slow device."""
 
     def __init__(self, path: Path, **options: Any) -> None:
-        super().__init__(path, copier=SlowDevice(), **options)
+        super().__init__(path, **{"copier": SlowDevice(), **options})
 
     def _on_cpu(self, tensor: Tensor) -> bool:
         return False
@@ -326,6 +327,30 @@ def test_a_capture_of_a_device_is_that_of_the_cpu(tmp_path: Path, memory: int | 
     assert len(arrived) == (0 if memory in (None, 1) else 4 if memory == 6 * TENSOR else 7)
     for entry, tensor in arrived:
         assert float(tensor.min()) in (entry.site.layer, 7.0)
+
+
+@pytest.mark.parametrize("memory", [None, 1 << 20])
+def test_what_holds_a_closed_writer_holds_no_buffers_and_no_tensors(
+    tmp_path: Path, memory: int | None
+) -> None:
+    """A model's observer holds its sink in a cycle, which is collected late or never."""
+    made: list[weakref.ref[Tensor]] = []
+
+    class Counted(SlowDevice):
+        def buffer(self, nbytes: int) -> Tensor:
+            made_now = super().buffer(nbytes)
+            made.append(weakref.ref(made_now))
+            return made_now
+
+    budget = None if memory is None else Budget(memory)
+    with DeviceWriter(tmp_path / "c", budget=budget, copier=Counted()) as writer:
+        for layer in range(6):
+            writer(hidden(layer))
+        capture = writer.close(FACTS, "digest")
+    held = [weakref.ref(tensor) for tensor in capture.held.values()]
+    del capture
+    assert made
+    assert not [found for found in (*made, *held) if found() is not None]
 
 
 def test_a_disk_that_fails_under_a_device_is_one_line(
