@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.support.measure import count_peak_anew, held, seconds
 from benchmarks.tensorrt import gemma
 from divergence.budget import Budget
+from divergence.captures import Capture
 from divergence.probes import silent
 from divergence.probes.pytorch import PyTorchProbe
 from divergence.room import host_memory
@@ -58,7 +59,7 @@ def cases(tokens: int, *, large: bool) -> Iterator[Case]:
             yield name, model, {n: t.cuda() for n, t in given.items()}
 
 
-def plain(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+def plain(model: nn.Module, inputs: Mapping[str, Tensor], _: Path) -> None:
     """A forward."""
     with torch.inference_mode():
         model(**inputs)
@@ -66,17 +67,25 @@ def plain(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def captured(model: nn.Module, inputs: Mapping[str, Tensor], budget: int | None) -> None:
-    """A capture into a temporary folder, or into memory as far as it fits."""
+def captured(budget: int | None, model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> Capture:
+    """A capture into a folder, or into memory as far as it fits."""
+    return record(
+        PyTorchProbe(model),
+        inputs,
+        folder / "run.capture",
+        detail=False,
+        progress=silent,
+        budget=None if budget is None else Budget(budget),
+    )
+
+
+def timed(job: Callable[[Path], Any]) -> float:
+    """Seconds of a run; what it leaves is deleted afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        record(
-            PyTorchProbe(model),
-            inputs,
-            Path(folder) / "run.capture",
-            detail=False,
-            progress=silent,
-            budget=None if budget is None else Budget(budget),
-        )
+        left: list[Any] = []
+        taken = seconds(lambda: left.append(job(Path(folder))))
+        left.clear()
+    return taken
 
 
 def peak(work: Callable[[], Any]) -> float:
@@ -99,18 +108,18 @@ def main() -> None:
     )
     args = parser.parse_args()
     for name, model, inputs in cases(args.tokens, large=not args.skip_large):
-        jobs = {
+        jobs: dict[str, Callable[[Path], Any]] = {
             "plain forward": functools.partial(plain, model, inputs),
-            "capture to disk": functools.partial(captured, model, inputs, None),
-            "capture within 512 MiB": functools.partial(captured, model, inputs, MEMORY),
+            "capture to disk": functools.partial(captured, None, model, inputs),
+            "capture within 512 MiB": functools.partial(captured, MEMORY, model, inputs),
         }
         for job in jobs.values():
-            job()
-        most = {what: peak(job) for what, job in jobs.items()}
+            timed(job)
+        most = {what: peak(functools.partial(timed, job)) for what, job in jobs.items()}
         taken: dict[str, list[float]] = {what: [] for what in jobs}
         for _ in range(args.runs):
             for what, job in jobs.items():
-                taken[what].append(seconds(job))
+                taken[what].append(timed(job))
         print(f"{name}, {torch.get_num_threads()} threads, median of {args.runs} in turn")
         base = statistics.median(taken["plain forward"])
         for what, times in taken.items():

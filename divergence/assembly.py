@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from divergence.comparison.metrics import Metrics
-    from divergence.replay import Introduced
+    from divergence.introduced import Introduced
 
 
 def site_result(

@@ -8,10 +8,11 @@ writes captures; those that are not to be kept stay in memory as far as they fit
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,16 +197,25 @@ def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Digest of a model from its named parameters: names, shapes, dtypes and contents.
 
     Contents enter by the xor of all their 64-bit words, which any one change alters, and by up to 64
-    evenly spaced elements, which tell a permutation from the original; reading is the only cost. What
-    lies on a device is fetched from there once, in the end.
+    evenly spaced elements, which tell a permutation from the original; reading is the only cost.
     """
-    import torch
+    return fingerprint_started(named)()
 
+
+def fingerprint_started(named: Iterable[tuple[str, torch.Tensor]]) -> Callable[[], str]:
+    """As `fingerprint`, of weights as they are now; what is returned gives it. Weights on a device are read
+    there without waiting; what they come to is fetched once, when it is asked for."""
     digested: list[tuple[str, list[torch.Tensor]]] = []
     for name, tensor in named:
         header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
         empty = not tensor.numel() or tensor.device.type == "meta"
         digested.append((header, [] if empty else _digests(tensor.detach())))
+    return functools.partial(_fetched, digested)
+
+
+def _fetched(digested: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> str:
+    import torch
+
     fetched: dict[torch.device, Iterator[torch.Tensor]] = {}
     for device in {part.device for _, parts in digested for part in parts}:
         there = [part for _, parts in digested for part in parts if part.device == device]
@@ -223,11 +233,15 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
     import torch
 
     flat = tensor.reshape(-1).contiguous()
-    octets = flat.view(torch.uint8)
-    if octets.storage_offset() % WORD:  # cannot be seen as words in place
-        octets = octets.clone()
-    words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-    parts = [octets[words.numel() * WORD :], flat[:: -(-flat.numel() // 64)]]
+    parts = [flat[:: -(-flat.numel() // 64)].clone()]
+    if not any(count * flat.itemsize % WORD for count in (flat.numel(), flat.storage_offset())):
+        words = flat.view(torch.int64)
+    else:
+        octets = flat.view(torch.uint8)
+        if octets.storage_offset() % WORD:  # cannot be seen as words in place
+            octets = octets.clone()
+        words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
+        parts.insert(0, octets[words.numel() * WORD :].clone())
     if words.numel():
-        parts.append(torch.hash_tensor(words))
-    return [part.reshape(-1).clone().view(torch.uint8) for part in parts]
+        parts.append(torch.hash_tensor(words).reshape(-1))
+    return [part.view(torch.uint8) for part in parts if part.numel()]

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,26 @@ def digest(inputs: Mapping[str, torch.Tensor]) -> str:
         found.update(json.dumps(header).encode())
         found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
+
+
+def digest_started(inputs: Mapping[str, torch.Tensor]) -> Callable[[], str]:
+    """As `digest`, on a thread, of what is in the inputs now; what is returned waits for it. Copies from a
+    device are under way before its next kernel, so that no model is waited for."""
+    import torch
+
+    copies = {name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in inputs.items()}
+    devices = {tensor.device for tensor in inputs.values() if tensor.is_cuda}
+    copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def work() -> str:
+        for event in copied:
+            event.synchronize()
+        return digest(copies)
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="digest-inputs")
+    digested = pool.submit(work)
+    pool.shutdown(wait=False)
+    return digested.result
 
 
 def token_masks(

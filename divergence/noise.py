@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from divergence.comparison import compare_tensors
-from divergence.emulation import cast, reduced
 from divergence.errors import SourceError, one_line
 from divergence.precision import UNIT_ROUNDOFF
 from divergence.probes import Observation, Progress, silent
@@ -106,6 +105,8 @@ def measure(
     Raises:
         SourceError: the reference cannot run in that precision.
     """
+    from divergence.emulation import cast, reduced
+
     run_in = emulated(reference.facts.precision, precision)
     floors: dict[Site, Floor] = {}
 

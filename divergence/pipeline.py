@@ -16,12 +16,12 @@ from divergence.comparing import Meanwhile, compare_pair, compare_pairs
 from divergence.comparison import compare_tensors
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, one_line
+from divergence.introduced import Introduced, ReplayResult
 from divergence.masks import valid_tokens
 from divergence.noise import Floor
 from divergence.prepared import Reference, floors_of, prepared
 from divergence.probes import Progress, silent
 from divergence.repeats import choose_repeats
-from divergence.replay import Introduced, Replayer, ReplayResult
 from divergence.result import Comparison, Policy
 from divergence.room import make_room
 from divergence.setting import Inputs, Options, Setting, read_inputs, record
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.probes.tensorrt.options import EngineOptions
     from divergence.reference_cache import ReferenceCache
+    from divergence.replay import Replayer
     from divergence.sites import Site
 
 __all__ = ["Job", "capture", "compare", "record", "timed"]
@@ -352,6 +353,8 @@ class Job:
         return self._replayer(pytorch, precision).run(self.progress)
 
     def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
+        from divergence.replay import Replayer
+
         return Replayer(
             pytorch,
             self.inputs,

@@ -15,7 +15,15 @@ from divergence.errors import ConfigurationError
 from divergence.masks import valid_tokens
 from divergence.noise import Floor, emulated, measure
 from divergence.probes import Progress
-from divergence.setting import Inputs, Options, Setting, getting_ready, one_core_spared, read_inputs
+from divergence.setting import (
+    Inputs,
+    Options,
+    Setting,
+    comparison_loading,
+    getting_ready,
+    one_core_spared,
+    read_inputs,
+)
 from divergence.sources import open_source
 from divergence.working import quiet_collector, working_folder
 
@@ -79,9 +87,13 @@ def prepared(
             references=references,
             keep=keep is not None,
         )
-        with one_core_spared(early):
-            reference = prepare(ref, setting)
-        yield setting, reference
+        with contextlib.ExitStack() as loading:
+            loading.enter_context(comparison_loading())
+            with one_core_spared(early):
+                reference = prepare(ref, setting)
+            if reference.pytorch is not None and reference.pytorch.on_cuda:
+                loading.enter_context(comparison_loading("cuda"))
+            yield setting, reference
 
 
 def prepare(ref: object, setting: Setting) -> Reference:

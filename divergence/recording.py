@@ -25,7 +25,7 @@ from divergence.precision import dtype_name
 from divergence.probes import Observation, RunFacts
 from divergence.shards import DTYPES, ShardWriter, pieces
 from divergence.sites import Site, in_execution_order
-from divergence.staging import Copier, CudaCopier, Staging
+from divergence.staging import WRITERS, Copier, CudaCopier, Staging
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,8 @@ class CaptureWriter:
         self._held: dict[str, torch.Tensor] = {}
         self._shards = _Shards(self._partial, shard_bytes)
         self._direct = _Lane(self._shards)
-        self._staged = _Lane(self._shards)
+        self._staged = [_Lane(self._shards) for _ in range(WRITERS)]
+        self._sent = 0
         self._lane_of: dict[str, _Lane] = {}
         self._staging: Staging | None = None
         self._closed = False
@@ -102,11 +103,14 @@ class CaptureWriter:
     ) -> None:
         if self._staging is not None:
             self._staging.abandon()
+        # Whoever still holds this as its sink, if only in a cycle, shall hold no buffers by it.
+        self._staging = None
         if not self._closed:
             self._shards.abandon()
             for name in list(self._held):
                 self._forget(name)
             shutil.rmtree(self._partial, ignore_errors=True)
+        self._held = {}
 
     def __call__(self, observation: Observation) -> None:
         """Takes one observation (a `divergence.probes.Sink`); a later one of the same site
@@ -139,7 +143,7 @@ class CaptureWriter:
         with self._naming_failures():
             if self._staging is not None:
                 self._staging.close()
-            for lane in (self._direct, self._staged):
+            for lane in (self._direct, *self._staged):
                 lane.close()
         ordered = in_execution_order(self._entries, facts.stacks)
         entries = {site: replace(self._entries[site], file=self._file_of(str(site))) for site in ordered}
@@ -197,8 +201,9 @@ class CaptureWriter:
                 for piece in pieces(tensor, PIECE):
                     receive(piece)
         else:
-            self._lane_of[name] = self._staged
-            self._send(tensor, self._staged.receiver(name, tensor.dtype, tuple(tensor.shape)))
+            writer = self._next_writer()
+            lane = self._lane_of[name] = self._staged[writer]
+            self._send(tensor, lane.receiver(name, tensor.dtype, tuple(tensor.shape)), writer)
 
     def _on_cpu(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
@@ -224,19 +229,25 @@ class CaptureWriter:
                 held.copy_(tensor)
                 arrived()
             else:
-                self._send(tensor, _filling(held), arrived)
+                self._send(tensor, _filling(held), self._next_writer(), arrived)
 
     def _send(
         self,
         tensor: torch.Tensor,
         receive: Callable[[torch.Tensor], None],
+        writer: int,
         done: Callable[[], None] | None = None,
     ) -> None:
         if self._staging is None:
             memory = STAGED if self._budget is None else min(STAGED, self._budget.under_way)
             self._staging = Staging(self._copier or CudaCopier(), memory)
         with self._naming_failures():
-            self._staging.send(tensor, receive, done or (lambda: None))
+            self._staging.send(tensor, receive, done or (lambda: None), writer=writer)
+
+    def _next_writer(self) -> int:
+        """The thread that the next tensor goes to: each in turn."""
+        self._sent += 1
+        return self._sent % WRITERS
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:

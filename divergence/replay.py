@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from divergence.comparison import compare_tensors
 from divergence.emulation import cast, mapped, reduced
 from divergence.errors import one_line
+from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
 from divergence.probes import Observation, Progress, silent
 from divergence.probes.pytorch.observer import (
@@ -38,34 +38,7 @@ from divergence.sites import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from divergence.comparison.metrics import Metrics
     from divergence.probes.pytorch import PyTorchProbe
-
-
-@dataclass(frozen=True)
-class Introduced:
-    """What a layer added.
-
-    Attributes:
-        metrics: candidate against the reference's layer on the candidate's input.
-        floor: error of that layer itself in the candidate's precision, on the same input.
-    """
-
-    metrics: Metrics
-    floor: Floor
-
-    @property
-    def ratio(self) -> float | None:
-        """Introduced error over floor."""
-        return self.floor.ratio(self.metrics)
-
-
-@dataclass(frozen=True)
-class ReplayResult:
-    """Introduced errors by site, and what could not be replayed, in words."""
-
-    introduced: Mapping[Site, Introduced]
-    notes: tuple[str, ...] = ()
 
 
 Tensors = Callable[[Site], "Tensor | None"]

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from divergence.budget import Budget
 from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import InputError
-from divergence.inputs import digest, load_inputs, token_masks
+from divergence.inputs import digest_started, load_inputs, token_masks
 from divergence.precision import check_precision
 from divergence.probes import Probe, Progress
 from divergence.probes.recorded import RecordedProbe
@@ -156,6 +157,33 @@ def getting_ready(
 
 
 @contextlib.contextmanager
+def comparison_loading(device: str = "cpu") -> Iterator[None]:
+    """Loads what compares tensors on `device`, so that the first to be compared need not wait a second or
+    more for libraries. Only on machines with a GPU: elsewhere a reference keeps all cores busy, and this
+    would hold it up."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield
+        return
+    loader = Thread(target=_compare_once, args=(device,), name="load-comparison", daemon=True)
+    loader.start()
+    try:
+        yield
+    finally:
+        loader.join()
+
+
+def _compare_once(device: str) -> None:
+    import torch
+
+    from divergence.comparison import compare_tensors
+
+    with contextlib.suppress(Exception):  # whoever compares first is told
+        compare_tensors(torch.zeros(1, device=device), torch.ones(1, device=device))
+
+
+@contextlib.contextmanager
 def one_core_spared(early: Mapping[str, Future[Probe]]) -> Iterator[None]:
     """Leaves a core to what is getting ready: where all have work of their own already, threads that
     wait for each other wait for a core, and a forward takes three times as long."""
@@ -223,8 +251,9 @@ def record(
     **run: Any,
 ) -> Capture:
     """Runs `probe` into a capture at `path`, or into memory (`divergence.recording.CaptureWriter`)."""
+    digested = digest_started(inputs)
     with CaptureWriter(path, budget=budget, arrived=arrived) as writer:
         facts = probe.run(inputs, writer, detail=detail, progress=progress, **run)
         for stack, mask in token_masks(inputs, facts.stacks).items():
             writer.add_mask(stack, mask)
-        return writer.close(facts, digest(inputs))
+        return writer.close(facts, digested())

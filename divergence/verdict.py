@@ -12,8 +12,8 @@ from divergence.result import METRICS, FirstDivergence, SiteResult, Unmatched, V
 if TYPE_CHECKING:
     from divergence.comparison.metrics import Metrics
     from divergence.config import Tolerance
+    from divergence.introduced import Introduced
     from divergence.noise import Floor
-    from divergence.replay import Introduced
     from divergence.sites import Site
 
 # An error of this size is the smallest that a comparison is asked to find. Where the floor of

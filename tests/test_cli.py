@@ -189,6 +189,16 @@ def test_help_loads_no_framework() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
 
 
+def test_an_engine_starts_before_pytorch_is_imported() -> None:
+    """What `compare` imports before its first source is opened, and what a probe of engines imports."""
+    code = (
+        "import sys, divergence.chain, divergence.pairs, divergence.pipeline, divergence.setting\n"
+        "import divergence.probes.tensorrt.probe\n"
+        "assert not {'torch', 'tensorrt'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+
+
 def test_the_public_names_are_there() -> None:
     import divergence as package
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from divergence.errors import InputError, SourceError
-from divergence.inputs import digest, import_callable, load_inputs, token_masks
+from divergence.inputs import digest, digest_started, import_callable, load_inputs, token_masks
 
 
 @pytest.fixture(autouse=True)
@@ -380,3 +380,8 @@ def test_named_mask_that_is_none_is_an_error() -> None:
 def test_mask_that_leaves_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match="input 'attention_mask' marks every token as padding"):
         token_masks({"attention_mask": torch.zeros(2, 3)}, [""])
+
+
+def test_a_digest_that_was_started_is_the_digest() -> None:
+    inputs = {"x": torch.randn(2, 3), "ids": torch.tensor([[1, 2]])}
+    assert digest_started(inputs)() == digest(inputs)

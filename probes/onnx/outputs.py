@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from divergence.captures import Capture
 from divergence.probes.onnx.found import Found
-from divergence.probes.onnx.values import match_values
 from divergence.sites import Site
 
-Fetch = Callable[[Sequence[str]], Iterable[Mapping[str, torch.Tensor]]]
+if TYPE_CHECKING:
+    import torch
+
+Fetch = Callable[[Sequence[str]], "Iterable[Mapping[str, torch.Tensor]]"]
 
 
 def name_outputs(
@@ -46,6 +47,8 @@ def name_outputs(
             open_sites.remove(same[0])
             left.remove(name)
     if left and open_sites:
+        from divergence.probes.onnx.values import match_values
+
         for item in match_values(open_sites, reference, fetch(left)):
             if item.value in left:
                 how = f"output {item.value} of the graph, {item.how}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from divergence.captures import fingerprint
+from divergence.captures import fingerprint, fingerprint_started
 from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
@@ -166,8 +166,16 @@ class PyTorchProbe:
     ) -> RunFacts:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
-        order, outputs, notes = self.observe(inputs, sink, detail=detail, progress=progress, record=record)
-        self._digest = fingerprint(named_weights(self.model))
+        digests: list[Callable[[], str]] = []
+        order, outputs, notes = self.observe(
+            inputs,
+            sink,
+            detail=detail,
+            progress=progress,
+            record=record,
+            ran=lambda: digests.append(fingerprint_started(named_weights(self.model))),
+        )
+        self._digest = digests[0]()
         return RunFacts(
             kind=self.kind,
             source=self.source,
@@ -193,8 +201,10 @@ class PyTorchProbe:
         detail: bool = False,
         progress: Progress = silent,
         record: bool = False,
+        ran: Callable[[], None] = lambda: None,
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """`run` without the facts that take reading all weights.
+        """`run` without the facts that take reading all weights; `ran` is called when the model has
+        returned, which is before a device is done.
 
         Returns:
             Names of the stacks in execution order, names of the outputs, notes.
@@ -221,6 +231,7 @@ class PyTorchProbe:
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
+        ran()
         if record:
             self.calls = observer.calls
         if not observer.order:

@@ -11,7 +11,7 @@ import tensorrt as trt
 
 from divergence.errors import ConfigurationError, SourceError
 from divergence.probes import Progress
-from divergence.probes.tensorrt.engine import Logger, here, load_plugins
+from divergence.probes.tensorrt.loading import Logger, here, load_plugins
 
 FLAGS: Mapping[str, tuple[str, ...]] = {
     "fp32": (),

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,107 +15,13 @@ from safetensors.torch import load_file, save_file
 from divergence.errors import InputError, SourceError, nearest
 from divergence.precision import dtype_name
 from divergence.probes import Progress
-from divergence.probes.tensorrt.hazards import (
-    NAN_BYTE,
-    OTHER_BYTE,
-    cycle,
-    differences,
-    find_hazards,
-    unwritten,
-)
+from divergence.probes.tensorrt.hazards import cycle, find_hazards
 from divergence.probes.tensorrt.hosts import DTYPES, DebugTensors, Host, PycudaHost, Slot, TorchHost
+from divergence.probes.tensorrt.loading import Logger, deserialize, here, load_engine, load_plugins, loaded
+from divergence.probes.tensorrt.poison import NAN_BYTE, OTHER_BYTE, differences, unwritten
 
-_TIMED_S = 0.5
+_TIMED_S = 0.2
 _TIMED_RUNS = (3, 30)
-
-
-class Logger(trt.ILogger):  # type: ignore[misc]  # ships no types
-    """Keeps TensorRT's warnings and errors, and writes them to standard error."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.warnings: list[str] = []
-        self.errors: list[str] = []
-
-    def log(self, severity: Any, msg: str) -> None:
-        """Called by TensorRT."""
-        if severity in (self.ERROR, self.INTERNAL_ERROR):
-            self.errors.append(msg)
-        elif severity == self.WARNING:
-            self.warnings.append(msg)
-        else:
-            return
-        print(msg, file=sys.stderr, flush=True)
-
-
-def here() -> dict[str, str]:
-    """What an engine is bound to, of this machine."""
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "tensorrt": trt.__version__,
-        "gpu": properties.name,
-        "compute": f"{properties.major}.{properties.minor}",
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cuda": torch.version.cuda or "",
-    }
-
-
-def load_plugins(logger: Logger, plugins: list[str]) -> None:
-    """Registers TensorRT's own plugins and those of the libraries `plugins`.
-
-    Raises:
-        SourceError: a library cannot be loaded.
-    """
-    for library in plugins:
-        try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            raise SourceError(f"{library}: the plugin library cannot be loaded ({error})") from error
-    try:
-        trt.init_libnvinfer_plugins(logger, "")
-    except (AttributeError, RuntimeError) as error:
-        print(f"TensorRT's own plugins are not available ({error})", file=sys.stderr)
-
-
-def deserialize(logger: Logger, request: Mapping[str, Any]) -> trt.ICudaEngine:
-    """Loads the plan `request["plan"]`.
-
-    Raises:
-        SourceError: it does not load here; the message names both sides.
-    """
-    path = Path(request["plan"])
-    runtime = trt.Runtime(logger)
-    runtime.engine_host_code_allowed = True  # engines built version-compatible carry code
-    with path.open("rb") as file:
-        engine = runtime.deserialize_cuda_engine(file.read())
-    if engine is None:
-        ours, theirs = here(), dict(request.get("built") or {})
-        written = theirs.get("tensorrt") or request.get("version") or "unknown"
-        target = " ".join(theirs[k] for k in ("gpu", "platform") if k in theirs)
-        said = " ".join((logger.errors or ["no reason given"])[0].split())[:300]
-        raise SourceError(
-            f"{path}: cannot be loaded: it was built by TensorRT {written}"
-            f"{f' for {target}' if target else ''}, and this is TensorRT {ours['tensorrt']} "
-            f"on {ours['gpu']} {ours['platform']} ({said}); "
-            "rebuild it here, or check that the file is whole"
-        )
-    return engine
-
-
-_loaded: dict[str, tuple[Logger, trt.ICudaEngine, float]] = {}
-"""Engines that `load` has got ready, by plan."""
-
-
-def load(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Loads an engine into the primary context and keeps it for the next `run` or `describe` of it."""
-    del progress
-    logger = Logger()
-    load_plugins(logger, request.get("plugins", []))
-    torch.cuda.init()
-    started = time.monotonic()
-    engine = deserialize(logger, request)
-    _loaded[request["plan"]] = (logger, engine, time.monotonic() - started)
-    return {}
 
 
 def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -136,15 +39,15 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """
     progress("loading the engine", 0, 0)
     started = time.monotonic()
-    ready = _loaded.pop(request["plan"], None)
+    ready = loaded(request["plan"])
     if ready is not None:
-        logger, engine, loaded = ready
+        logger, engine, load_s = ready
         host = _host(request)(lambda: engine)
     else:
         logger = Logger()
         load_plugins(logger, request.get("plugins", []))
         host = _host(request)(lambda: deserialize(logger, request))
-        loaded = time.monotonic() - started
+        load_s = time.monotonic() - started
     try:
         notes = _bind(host, load_file(request["inputs"]), request)
         listener = _listen(host)
@@ -176,7 +79,7 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "host": host.name,
         "io": io,
         "notes": notes,
-        "load_s": round(loaded, 3),
+        "load_s": round(load_s, 3),
         "latency_ms": latency,
         "runs": max(2, request.get("runs", 2)),
         "varying": varying,
@@ -191,9 +94,7 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 def describe(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     """Reads an engine without running it: `machine`, `io`, `inspector`, `warnings`."""
     progress("loading the engine", 0, 0)
-    if request["plan"] not in _loaded:
-        load(request, progress)
-    logger, engine, _ = _loaded.pop(request["plan"])
+    logger, engine, _ = loaded(request["plan"]) or load_engine(request)
     io = []
     for index in range(engine.num_io_tensors):
         name = engine.get_tensor_name(index)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from divergence.probes.tensorrt.hosts import Host, Stage
+from divergence.probes.tensorrt.poison import NAN_BYTE, differences
 
-NAN_BYTE = 0xFF
-"""Every float of all-one bytes is NaN, in fp32, fp16, bf16 and fp8 (e4m3 and e5m2)."""
-
-OTHER_BYTE = 0xA5
+if TYPE_CHECKING:
+    import torch
 
 _CLAIMS = {
     "synchronised": "results change when the host waits for the device after every step",
@@ -94,37 +91,3 @@ def find_hazards(host: Host, runs: int = 2) -> list[Hazard]:
         if differing:
             found.append(Hazard(name, differing, _CLAIMS[name]))
     return found
-
-
-def differences(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Number of elements whose bits differ, by output; those of equal bits are left out."""
-    found = {}
-    for name, tensor in a.items():
-        count = int((_octets(tensor) != _octets(b[name])).any(1).sum()) if tensor.numel() else 0
-        if count:
-            found[name] = count
-    return found
-
-
-def unwritten(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Number of elements that the engine never wrote, by output: those that still hold the poison of
-    both runs.
-
-    Args:
-        first: outputs of a run poisoned with `NAN_BYTE`.
-        second: outputs of one poisoned with `OTHER_BYTE`.
-    """
-    found = {}
-    for name, tensor in first.items():
-        if not tensor.numel():
-            continue
-        a, b = _octets(tensor), _octets(second[name])
-        count = int(((a == NAN_BYTE).all(1) & (b == OTHER_BYTE).all(1)).sum())
-        if count:
-            found[name] = count
-    return found
-
-
-def _octets(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of `tensor`, `[element, byte]`."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).reshape(-1, tensor.dtype.itemsize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,14 +62,21 @@ def digest_of(path: Path) -> str:
     Raises:
         SourceError: the file cannot be read.
     """
+    own = threading.local()
 
     def part(start: int) -> bytes:
-        with path.open("rb") as file:
+        if not hasattr(own, "buffer"):  # one for each thread: fresh memory costs as much as reading
+            own.buffer = memoryview(bytearray(min(_CHUNK, size)))
+        with path.open("rb", buffering=0) as file:
             file.seek(start)
-            return hashlib.sha256(file.read(_CHUNK)).digest()
+            read = 0
+            while read < len(own.buffer) and (more := file.readinto(own.buffer[read:])):
+                read += more
+        return hashlib.sha256(own.buffer[:read]).digest()
 
     try:
-        starts = range(0, max(1, path.stat().st_size), _CHUNK)
+        size = path.stat().st_size
+        starts = range(0, max(1, size), _CHUNK)
         with ThreadPoolExecutor(max_workers=4) as pool:
             whole = hashlib.sha256(b"".join(pool.map(part, starts)))
     except OSError as error:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from divergence.captures import Capture
 
-LOAD = "divergence.probes.tensorrt.engine:load"
+LOAD = "divergence.probes.tensorrt.loading:load"
 RUN = "divergence.probes.tensorrt.engine:run"
 DESCRIBE = "divergence.probes.tensorrt.engine:describe"
 BOTH = ("torch", "pycuda")
@@ -91,8 +91,9 @@ class TensorRTProbe:
             host: what will run it; by default the first of the options'.
         """
         if self._given is None and self._worker is None:
-            self._worker = Worker()
-            if (host or self.options.host) in ("torch", "both"):
+            loads = (host or self.options.host) in ("torch", "both")
+            self._worker = Worker(preload=("tensorrt",)) if loads else Worker()
+            if loads:
                 self._worker.post(LOAD, self._request(), about=str(self.path))
         if self.sidecar is not None and self._verified is None:
             pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")

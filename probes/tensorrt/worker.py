@@ -63,4 +63,6 @@ def _job(name: str) -> Callable[..., Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # the system frees what is left sooner than the libraries do, and dies of nothing
