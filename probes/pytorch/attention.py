@@ -145,8 +145,8 @@ def unrepeat(tensor: Tensor) -> tuple[Tensor, int]:
         The tensor (a view) and the largest such `g`.
     """
     heads = tensor.shape[1]
-    if heads > 1 and tensor.stride(1) == 0:
-        return tensor[:, :1], heads  # expanded: one head in memory
+    if heads == 1 or tensor.stride(1) == 0:
+        return tensor[:, :1], heads  # one head in memory: nothing to ask the device for
     if tensor.device.type == "cpu" and not all(_like_next(tensor[:, :2])):
         return tensor, 1  # nearly always decides, and costs no wait here
     equal = _like_next(tensor)

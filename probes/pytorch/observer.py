@@ -225,10 +225,11 @@ class LayerObserver:
                 seen = unfolded(getattr(product, tensor), batch)
                 if name in emitted or seen is None or seen.dim() != 4:
                     continue
-                kept, how = unrepeat(seen)[0], product.how
                 cached = _cached(caches, site.layer, name)
-                if cached is not None and cached.shape == kept.shape:
+                if cached is not None and _is_repeated(cached, seen):
                     kept, how = cached, "cache"
+                else:
+                    kept, how = unrepeat(seen)[0], product.how
                 emitted.add(name)
                 self._sink(Observation(site.with_tensor(name), kept, HEAD_AXES, how))
         for tensor in ("key", "value"):
@@ -401,6 +402,12 @@ def _cached(caches: Sequence[Any], layer: int | None, tensor: str) -> Tensor | N
         if isinstance(held, Tensor) and held.dim() == 4:
             return held
     return None
+
+
+def _is_repeated(held: Tensor, seen: Tensor) -> bool:
+    """Whether `seen` has the shape of `held` with its heads repeated, or not even that."""
+    (batch, heads, *rest), (seen_batch, seen_heads, *seen_rest) = held.shape, seen.shape
+    return batch == seen_batch and rest == seen_rest and heads > 0 and seen_heads % heads == 0
 
 
 def put_cached(caches: Sequence[Any], layer: int, tensor: str, value: Tensor) -> None:

@@ -8,6 +8,7 @@ ones after. They are recognised by what they have, without importing accelerate.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def device_of(model: nn.Module) -> torch.device:
     for hook in _hooks(model):
         if hook.execution_device is not None:
             return torch.device(hook.execution_device)
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type != "meta":
             return tensor.device
     inner = [hook for module in model.modules() for hook in _hooks(module)]

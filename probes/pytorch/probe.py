@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -317,12 +317,13 @@ class _OwnKeys:
             axes = [axis for axis in (1, 0, 2) if stacked.shape[axis] == count]
             if not axes:
                 continue
-            differing = 0
-            for layer, held in enumerate(stacked.unbind(axes[0])):
-                site = Site(layer, tensor, self._stack.name)
-                if _same(self._seen.get(site), held):
+            sites = [Site(layer, tensor, self._stack.name) for layer in range(count)]
+            layers = stacked.movedim(axes[0], 0)
+            same = _same([self._seen.get(site) for site in sites], layers)
+            differing = count - sum(same)
+            for site, held, known in zip(sites, layers.unbind(), same, strict=True):
+                if known:
                     continue
-                differing += 1
                 found = f"model output '{names[0]}', layer along axis {axes[0]}"
                 self._sink(Observation(site, held, HEAD_AXES, found))
             if differing:
@@ -344,10 +345,17 @@ def _hash(tensor: Tensor) -> Digest:
     return rows, columns
 
 
-def _same(seen: tuple[torch.Size, Digest] | None, held: Tensor) -> bool:
-    if seen is None or seen[0] != held.shape:
-        return False
-    return all(a.equal(b.to(a.device)) for a, b in zip(seen[1], _hash(held), strict=True))
+def _same(seen: Sequence[tuple[torch.Size, Digest] | None], held: Tensor) -> list[bool]:
+    """For each layer of `held` whether it is what was seen. The device is waited for once."""
+    known = {i: layer[1] for i, layer in enumerate(seen) if layer is not None and layer[0] == held.shape[1:]}
+    if not known:
+        return [False] * len(seen)
+    equal = torch.ones(len(known), dtype=torch.bool, device=held.device)
+    for part, digest in enumerate(_hash(held)):
+        before = torch.stack([layer[part].to(held.device) for layer in known.values()])
+        equal &= (before == digest[list(known)]).flatten(1).all(1)
+    answers = dict(zip(known, equal.tolist(), strict=True))
+    return [answers.get(i, False) for i in range(len(seen))]
 
 
 def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -376,7 +384,8 @@ def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the duration; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:
