@@ -19,6 +19,7 @@ from divergence.setting import (
     Inputs,
     Options,
     Setting,
+    begin,
     comparison_loading,
     getting_ready,
     one_core_spared,
@@ -87,6 +88,7 @@ def prepared(
             references=references,
             keep=keep is not None,
         )
+        begin(early, setting.inputs)
         with contextlib.ExitStack() as loading:
             loading.enter_context(comparison_loading())
             with one_core_spared(early):

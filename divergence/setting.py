@@ -156,6 +156,15 @@ def getting_ready(
                 getattr(_inner(future.result()), "close", lambda: None)()
 
 
+def begin(early: Mapping[str, Future[Probe]], inputs: Inputs) -> None:
+    """Lets what is ready by now run on the inputs, where it can, while the reference does."""
+    for future in early.values():
+        if future.done() and not future.cancelled() and future.exception() is None:
+            probe = future.result()
+            if isinstance(probe, Beginnable):
+                probe.begin(inputs)
+
+
 @contextlib.contextmanager
 def comparison_loading(device: str = "cpu") -> Iterator[None]:
     """Loads what compares tensors on `device`, so that the first to be compared need not wait a second or
@@ -217,6 +226,14 @@ class Startable(Protocol):
 
     def refer(self, reference: Capture) -> None:
         """Takes the reference's run."""
+
+
+@runtime_checkable
+class Beginnable(Protocol):
+    """A probe that can run, in a process of its own, before its tensors are asked for."""
+
+    def begin(self, inputs: Inputs) -> None:
+        """Starts a run; `run` on the same mapping hands over what it found."""
 
 
 def _inner(probe: Probe) -> object:

@@ -175,22 +175,25 @@ class PyTorchProbe:
             record=record,
             ran=lambda: digests.append(fingerprint_started(named_weights(self.model))),
         )
+        # While a device is still at work.
+        precision = coarsest(dtype_name(p.dtype) for p in self.model.parameters())
+        details = {
+            "model": type(self.model).__name__,
+            "device": ", ".join(devices_of(self.model)) or "cpu",
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "layers": {stack.path: len(stack.layers) for stack in self.stacks},
+        }
         self._digest = digests[0]()
         return RunFacts(
             kind=self.kind,
             source=self.source,
             model_digest=self._digest,
-            precision=coarsest(dtype_name(p.dtype) for p in self.model.parameters()),
+            precision=precision,
             stacks=order,
             versions={"torch": torch.__version__},
             notes=notes,
             outputs=outputs,
-            details={
-                "model": type(self.model).__name__,
-                "device": ", ".join(devices_of(self.model)) or "cpu",
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "layers": {stack.path: len(stack.layers) for stack in self.stacks},
-            },
+            details=details,
         )
 
     def observe(

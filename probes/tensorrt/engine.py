@@ -22,6 +22,7 @@ from divergence.probes.tensorrt.poison import NAN_BYTE, OTHER_BYTE, differences,
 
 _TIMED_S = 0.2
 _TIMED_RUNS = (3, 30)
+_untimed: list[Host] = []
 
 
 def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
     Args:
         request: `plan`, `inputs` (safetensors file), `outputs` (file to write), `host` (`torch`,
             `pycuda`, `FILE.py:CLASS`), `context` (`primary`, `own`), `plugins`, `profile`, `runs`,
-            `hazards` (whether to look for them), `built` and `version` (who built the plan).
+            `hazards` (whether to look for them), `timed` (False leaves the latency to `latency`), `built`
+            and `version` (who built the plan).
         progress: told about steps.
 
     Returns:
@@ -64,7 +66,7 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
                     varying[name] = max(count, varying.get(name, 0))
         if listener:
             host.context.set_all_tensors_debug_state(flag=False)
-        latency = _latency(host)
+        latency_ms = _latency(host) if request.get("timed", True) else None
         hazards = [h.to_json() for h in find_hazards(host)] if request.get("hazards") else None
         save_file({**debug, **first}, request["outputs"])
         text = _inspect(host.engine)
@@ -72,7 +74,12 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
             {"name": s.name, "input": s.is_input, "dtype": dtype_name(s.dtype), "shape": list(s.shape)}
             for s in host.slots
         ]
-    finally:
+    except BaseException:
+        host.close()
+        raise
+    if latency_ms is None:
+        _untimed.append(host)
+    else:
         host.close()
     return {
         "machine": here(),
@@ -80,7 +87,7 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "io": io,
         "notes": notes,
         "load_s": round(load_s, 3),
-        "latency_ms": latency,
+        "latency_ms": latency_ms,
         "runs": max(2, request.get("runs", 2)),
         "varying": varying,
         "unwritten": never,
@@ -89,6 +96,16 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         "warnings": logger.warnings,
         "debug": sorted(debug),
     }
+
+
+def latency(request: dict[str, Any], progress: Progress) -> dict[str, Any]:  # noqa: ARG001 - a job
+    """Times the engine that `run` left untimed: `latency_ms`."""
+    progress("timing the engine", 0, 0)
+    host = _untimed.pop()
+    try:
+        return {"latency_ms": _latency(host)}
+    finally:
+        host.close()
 
 
 def describe(request: dict[str, Any], progress: Progress) -> dict[str, Any]:

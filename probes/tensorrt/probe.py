@@ -6,11 +6,12 @@ import os
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from divergence.comparison import compare_tensors
-from divergence.errors import SourceError
+from divergence.errors import DivergenceError, SourceError
 from divergence.precision import UNIT_ROUNDOFF
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx.found import Found
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 
 LOAD = "divergence.probes.tensorrt.loading:load"
 RUN = "divergence.probes.tensorrt.engine:run"
+LATENCY = "divergence.probes.tensorrt.engine:latency"
 DESCRIBE = "divergence.probes.tensorrt.engine:describe"
 BOTH = ("torch", "pycuda")
+_INPUTS = "inputs"
 
 # The inspector's words for types.
 _WORDS = {"Float": "fp32", "TF32": "tf32", "Half": "fp16", "BFloat16": "bf16", "FP8": "fp8", "Int8": "int8"}
@@ -45,6 +48,18 @@ class Runner(Protocol):
         self, job: str, request: Mapping[str, Any], *, about: str, progress: Progress = silent
     ) -> dict[str, Any]:
         """See `Worker.call`."""
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A run that was started before it was asked for."""
+
+    inputs: Mapping[str, torch.Tensor]
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name)
 
 
 class TensorRTProbe:
@@ -82,6 +97,7 @@ class TensorRTProbe:
         self._given = runner
         self._worker: Worker | None = None
         self._verified: Future[None] | None = None
+        self._ahead: _Ahead | None = None
 
     def start(self, *, detail: bool = False, host: str | None = None) -> None:  # noqa: ARG002 - the same engine either way
         """Gets ready while other work is done: the worker loads the engine, the plan is verified.
@@ -100,6 +116,16 @@ class TensorRTProbe:
             self._verified = pool.submit(verify, self.path, self.sidecar)
             pool.shutdown(wait=False)
 
+    def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """Starts the run on `inputs` after `start`, while other work is done; the latency is taken when `run`
+        asks, so that the other work does not disturb it."""
+        options = self.options
+        if self._worker is None or self._ahead is not None or options.host != "torch" or options.hazards:
+            return
+        self._ahead = _Ahead(inputs, tempfile.TemporaryDirectory(prefix="divergence-engine-"))
+        request = self._run_request(_saved(inputs, self._ahead.path), "torch", self.path)
+        self._worker.post(RUN, {**self._request(), **request, "timed": False}, about=str(self.path))
+
     def refer(self, reference: Capture) -> None:
         """Takes the reference's run, which came after the probe was made."""
         self.reference = reference
@@ -109,6 +135,9 @@ class TensorRTProbe:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
+        if self._ahead is not None:
+            self._ahead.folder.cleanup()
+            self._ahead = None
 
     def describe(self, inputs: Mapping[str, torch.Tensor] | None = None) -> Description:  # noqa: ARG002 - an engine says it without a run
         """The sites of the engine, and its contract.
@@ -154,11 +183,10 @@ class TensorRTProbe:
             SourceError: the engine cannot be loaded or run here.
             InputError: `inputs` do not fit.
         """
-        from safetensors.torch import save_file
-
+        if self._ahead is not None and self._ahead.inputs is not inputs:
+            self.close()
         with tempfile.TemporaryDirectory(prefix="divergence-engine-") as name:
-            folder = Path(name)
-            save_file({k: t.detach().cpu().contiguous() for k, t in inputs.items()}, folder / "inputs")
+            folder = self._ahead.path if self._ahead else _saved(inputs, Path(name))
             hosts = BOTH if self.options.host == "both" else (self.options.host,)
             runs = {h: self._run(folder, h, self.path, progress) for h in hosts}
             facts, tensors = runs[hosts[0]]
@@ -206,6 +234,18 @@ class TensorRTProbe:
             self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
             raise
 
+    def _fetched(self, progress: Progress) -> dict[str, Any]:
+        """What the run that `begin` started found."""
+        assert self._worker is not None
+        try:
+            if self._verified is not None:
+                self._verified.result()
+            facts = self._worker.fetch(about=str(self.path), progress=progress)
+        except DivergenceError:
+            self.close()
+            raise
+        return {**facts, **self._call(LATENCY, {})}
+
     def _request(self) -> dict[str, Any]:
         return {
             "plan": str(self.path),
@@ -219,21 +259,26 @@ class TensorRTProbe:
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         from safetensors.torch import load_file
 
-        outputs = folder / f"{plan.stem}-{host.rpartition(':')[2]}"
-        request = {
+        request = self._run_request(folder, host, plan)
+        if host == "pycuda" and self.options.host == "both":
+            self.close()  # a process of its own, so that neither host lives on the other's context
+        if self._ahead is not None and plan == self.path:
+            facts = self._fetched(progress)
+        else:
+            facts = self._call(RUN, request, progress)
+        return facts, load_file(request["outputs"])
+
+    def _run_request(self, folder: Path, host: str, plan: Path) -> dict[str, Any]:
+        return {
             "plan": str(plan),
-            "inputs": str(folder / "inputs"),
-            "outputs": str(outputs),
+            "inputs": str(folder / _INPUTS),
+            "outputs": str(folder / f"{plan.stem}-{host.rpartition(':')[2]}"),
             "host": host,
             "context": self.options.context,
             "profile": self.options.profile,
             "runs": self.options.runs,
             "hazards": self.options.hazards or self.options.host != "torch",
         }
-        if host == "pycuda" and self.options.host == "both":
-            self.close()  # a process of its own, so that neither host lives on the other's context
-        facts = self._call(RUN, request, progress)
-        return facts, load_file(outputs)
 
     @property
     def expected_precision(self) -> str | None:
@@ -305,6 +350,13 @@ class TensorRTProbe:
             "outputs": outputs,
             "latency_ms": facts["latency_ms"],
         }
+
+
+def _saved(inputs: Mapping[str, torch.Tensor], folder: Path) -> Path:
+    from safetensors.torch import save_file
+
+    save_file({name: t.detach().cpu().contiguous() for name, t in inputs.items()}, folder / _INPUTS)
+    return folder
 
 
 def _products_run_in(contract: Contract) -> str | None:

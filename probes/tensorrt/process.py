@@ -93,15 +93,24 @@ class Worker:
             SourceError: the process died; the message ends with the last lines of its log.
         """
         self._send(job, request, about, needs_device=needs_device)
-        while self._posted:
-            self._posted -= 1
-            self._answer(about, silent)
-        return self._answer(about, progress)
+        self._posted += 1
+        return self.fetch(about=about, progress=progress)
 
     def post(self, job: str, request: Mapping[str, Any], *, about: str) -> None:
-        """Starts a job without waiting for it; the next `call` waits, and raises what it raised."""
+        """Starts a job and does not wait; the next `call` or `fetch` does, and raises what it raised."""
         self._send(job, request, about, needs_device=True)
         self._posted += 1
+
+    def fetch(self, *, about: str, progress: Progress = silent) -> dict[str, Any]:
+        """Waits for all jobs that were posted and returns the result of the last.
+
+        Args and raises: as `call`.
+        """
+        while self._posted > 1:
+            self._posted -= 1
+            self._answer(about, silent)
+        self._posted = 0
+        return self._answer(about, progress)
 
     def _send(self, job: str, request: Mapping[str, Any], about: str, *, needs_device: bool) -> None:
         assert self._process.stdin is not None

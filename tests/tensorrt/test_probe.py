@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 
 from divergence import demo
 from divergence.config import Config
-from divergence.errors import ConfigurationError, SourceError
+from divergence.errors import ConfigurationError, DivergenceError, InputError, SourceError
 from divergence.pipeline import compare
-from divergence.probes import RunFacts
+from divergence.probes import Progress, RunFacts, silent
 from divergence.probes.tensorrt.options import EngineOptions
 from divergence.probes.tensorrt.probe import TensorRTProbe
 from divergence.probes.tensorrt.sidecar import beside, load_sidecar
@@ -230,3 +231,87 @@ def test_a_dead_worker_is_left_behind(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="CUDA device"):
         run(made)
     assert made._worker is None
+
+
+class Ahead(StandIn):
+    """A worker that is posted to: runs when it is fetched from, and times when it is asked."""
+
+    def __init__(self, folder: Path, refused: DivergenceError | None = None) -> None:
+        super().__init__(folder)
+        self.refused = refused
+        self.posted: list[tuple[str, Mapping[str, Any]]] = []
+        self.closed = False
+
+    def post(self, job: str, request: Mapping[str, Any], *, about: str) -> None:
+        self.posted.append((job, request))
+
+    def fetch(self, *, about: str, progress: Progress = silent) -> dict[str, Any]:
+        if self.refused is not None:
+            raise self.refused
+        job, request = self.posted[-1]
+        return {**super().call(job, request, about=about, progress=progress), "latency_ms": None}
+
+    def call(
+        self, job: str, request: Mapping[str, Any], *, about: str, progress: Progress = silent
+    ) -> dict[str, Any]:
+        if job.endswith(":latency"):
+            return {"latency_ms": 2.5}
+        return super().call(job, request, about=about, progress=progress)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def begun(folder: Path, monkeypatch: pytest.MonkeyPatch, ahead: Ahead, **how: Any) -> TensorRTProbe:
+    monkeypatch.setattr("divergence.probes.tensorrt.probe.Worker", lambda *_, **__: ahead)
+    made = TensorRTProbe(folder / "engine.plan", **how)
+    made.start()
+    made.begin(INPUTS)
+    return made
+
+
+def test_a_run_that_was_begun_is_the_one_that_is_handed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = run(probe(tmp_path))
+    ahead = Ahead(tmp_path)
+    seen, facts = run(begun(tmp_path, monkeypatch, ahead))
+    assert [job.rpartition(":")[2] for job, _ in ahead.posted] == ["load", "run"]
+    assert ahead.posted[-1][1]["timed"] is False
+    assert facts.details["latency_ms"] == 2.5, "taken when nothing else runs"
+    assert seen.keys() == plain.keys()
+    assert all(torch.equal(seen[site], plain[site]) for site in plain)
+    assert ahead.closed
+    assert not Path(ahead.posted[-1][1]["inputs"]).exists(), "its folder is gone"
+
+
+def test_a_run_on_other_inputs_is_not_the_one_that_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_engine(tmp_path)
+    ahead = Ahead(tmp_path)
+    made = begun(tmp_path, monkeypatch, ahead)
+    other = demo.inputs(tokens=12)
+    facts = made.run(other, lambda _: None)
+    assert ahead.closed
+    assert ahead.requests[-1]["inputs"] != ahead.posted[1][1]["inputs"]
+    assert facts.details["latency_ms"] == 1.25
+
+
+def test_hosts_and_hazards_wait_for_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_engine(tmp_path)
+    for options in (EngineOptions(hazards=True), EngineOptions(host="both")):
+        ahead = Ahead(tmp_path)
+        begun(tmp_path, monkeypatch, ahead, options=options)
+        assert [job.rpartition(":")[2] for job, _ in ahead.posted] == ["load"]
+
+
+def test_what_is_wrong_with_a_run_that_was_begun_is_said_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_engine(tmp_path)
+    ahead = Ahead(tmp_path, refused=InputError("engine.plan: the engine's inputs x are missing"))
+    made = begun(tmp_path, monkeypatch, ahead)
+    with pytest.raises(InputError, match="inputs x are missing"):
+        run(made)
+    assert ahead.closed

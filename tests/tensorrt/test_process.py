@@ -56,3 +56,17 @@ def test_without_a_device_jobs_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with Worker(preload=()) as blind, pytest.raises(SourceError, match="needs a CUDA device"):
         blind.call("divergence.probes.tensorrt.engine:run", {}, about="engine.plan")
+
+
+def test_what_was_posted_is_fetched_in_order(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = "tests.tensorrt.jobs:echo"
+    send = worker._send
+    monkeypatch.setattr(worker, "_send", lambda *args, **_: send(*args, needs_device=False))
+    worker.post(job, {"number": 1}, about="x")
+    worker.post(job, {"number": 2}, about="x")
+    assert worker.fetch(about="x") == {"number": 2}
+    worker.post("tests.tensorrt.jobs:stumble", {}, about="x")
+    worker.post(job, {"number": 3}, about="x")
+    with pytest.raises(SourceError, match="stumble failed"):
+        worker.fetch(about="x")
+    assert worker.fetch(about="x") == {"number": 3}
