@@ -41,6 +41,9 @@ LEAST_DEPTH = 16
 END_ROWS = 24
 """What the end of a strip costs, and a launch, in rows of a strip."""
 
+MOST_FIGURES = 1 << 14
+"""Programs whose figures are kept to the end; of more, those of each launch are put together after it."""
+
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
 
@@ -212,12 +215,13 @@ def _tiling(matrix: _Matrix) -> Tiling:
     """What suits shape and dtypes: 16 bytes of a thread at a time, and no more threads than columns need."""
     size = max(side.element_size() for side in matrix.sides)
     run = min(8, 16 // size)
-    bits, registers, most = (32, 255, 64) if size <= 2 else (64, 168, 128)
+    half = size <= 2
+    bits, registers, most = (32, 255, 64) if half else (64, 168, 128)
     threads = min(most, max(32, _power(matrix.columns) // run))
     run = min(run, _power(-(-matrix.columns // threads)))
     while matrix.heads > 1 and matrix.channels % run:
         run //= 2  # what a thread reads of a row must lie in one head (see `worst_at` in the kernel)
-    return Tiling(threads, run, 2, 0, bits, stages=4, registers=registers)
+    return Tiling(threads, run, 4 if half else 2, 0, bits, 3 if half else 4, registers)
 
 
 def _power(n: int) -> int:
@@ -227,8 +231,9 @@ def _power(n: int) -> int:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A part of the matrix that is gone over at once, and the number of its first program."""
+    """A part of the matrix that is gone over at once: its number, its programs, the number of the first."""
 
+    number: int
     rows: range
     columns: range
     first: int
@@ -256,16 +261,16 @@ class _Plan:
         )
         blocks, depth = _share(matrix.rows, strips, tiling, most, _resident(matrix.device, tiling))
         step = depth * blocks
-        launches = []
-        number = 0
+        launches: list[_Launch] = []
+        first = 0
         for row, column in itertools.product(range(0, matrix.rows, step), range(0, matrix.columns, columns)):
             part = (
                 range(row, min(row + step, matrix.rows)),
                 range(column, min(column + columns, matrix.columns)),
             )
             programs = -(-len(part[0]) // depth) * -(-len(part[1]) // width)
-            launches.append(_Launch(*part, number, programs))
-            number += programs
+            launches.append(_Launch(len(launches), *part, first, programs))
+            first += programs
         return cls(replace(tiling, depth=depth), launches)
 
     @property
@@ -326,8 +331,8 @@ class Results:
 
     Attributes:
         buffer: `[words]` int64: the histogram, members of each axis that were not compared, the upper half of
-            the largest error so far, integers and floats of each program (see `triton_parts.FLOATS`), and the
-            sums of each axis, float64.
+            the largest error so far, integers and floats of each program (see `triton_parts.FLOATS`) or, of
+            more than `MOST_FIGURES` programs, of each launch, and the sums of each axis, float64.
         parts: views of these.
     """
 
@@ -338,7 +343,9 @@ class Results:
         self.head = _Axis(matrix.heads, entries, matrix.channels)
         axes = (self.token, self.channel, self.head)
         sizes = [EXPONENTS, *(axis.entries for axis in axes), 1]
-        sizes += [plan.programs * kernel.INTEGERS.value, plan.programs * kernel.FLOATS.value]
+        self.by_launch = plan.programs > MOST_FIGURES
+        kept = len(plan.launches) if self.by_launch else plan.programs
+        sizes += [kept * kernel.INTEGERS.value, kept * kernel.FLOATS.value]
         sizes += [4 * axis.entries for axis in axes]
         # Even numbers of words: addresses stay multiples of 16.
         self.ends = list(itertools.accumulate(size + size % 2 for size in sizes))
@@ -364,6 +371,13 @@ class Results:
             (rows + len(launch.columns) * blocks, 4), dtype=torch.float64, device=matrix.device
         )
         row_sums, column_sums = partial[:rows], partial[rows:]
+        figures = floats, integers
+        if self.by_launch:
+            counts = kernel.FLOATS.value, kernel.INTEGERS.value
+            figures = (
+                floats.new_empty(launch.programs * counts[0]),
+                integers.new_empty(launch.programs * counts[1]),
+            )
         aligned = all(map(matrix.aligned, matrix.sides))
         token_group, channel_group, head_group = (
             axis.group for axis in (self.token, self.channel, self.head)
@@ -374,12 +388,15 @@ class Results:
             matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
             *self._part(launch),
             histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
-            row_sums, column_sums, floats, integers, peak, launch.first,
+            row_sums, column_sums, *figures, peak, 0 if self.by_launch else launch.first,
             **self._constants(), SAME=matrix.same_dtype, ALIGNED=aligned,
             NATIVE=aligned and matrix.native and tiling.rows > 1,
             BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, STAGES=tiling.stages,
             num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
         )  # fmt: skip
+        if self.by_launch:
+            for part, whole in zip(_together(*figures), (floats, integers), strict=True):
+                whole[launch.number * len(part) : (launch.number + 1) * len(part)] = part
         self.token.add(row_sums.view(strips, -1, 4), launch.rows.start, token.view(-1, 4))
         by_column = column_sums.view(blocks, -1, 4).sum(0, keepdim=True)
         self.channel.add(by_column, launch.columns.start, channel.view(-1, 4))
@@ -469,6 +486,26 @@ class Results:
 
     def _index(self, number: int) -> tuple[int, ...]:
         return self.matrix.form.index(*(int(i) for i in np.unravel_index(number, self.matrix.form.pooled)))
+
+
+def _together(floats: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The figures of several programs as those of one (see `triton_parts.FLOATS`)."""
+    f = floats.view(-1, kernel.FLOATS.value).T
+    i = integers.view(-1, kernel.INTEGERS.value).T
+    worst = f[1].max()
+    place = torch.where(f[1] == worst, i[0], kernel.NOWHERE.value).min()
+    flags = (i[3] & 1).max() + (i[3] & kernel.MISCOUNTED.value).max()
+    figures = [
+        f[0].sum(),
+        worst,
+        f[2].min(),
+        f[3].max(),
+        f[4].min(),
+        f[5].max(),
+        f[6].max(),
+        worst.new_zeros(()),
+    ]
+    return torch.stack(figures), torch.stack([place, i[1].sum(), i[2].sum(), flags])
 
 
 def _moments(count: Any, sums: Any) -> Floats:

@@ -188,6 +188,18 @@ def test_largest_differences_that_only_lower_bits_tell_apart() -> None:
     assert (m.max_abs, m.max_abs_at) == (1.0 + 2.0**-40, (9, 3))
 
 
+def test_figures_of_many_programs_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever program, and whatever launch, has the largest, is miscounted or is not finite."""
+    monkeypatch.setattr(gpu, "MOST_FIGURES", 2)
+    ref, cand = noisy(2, 37, 512)
+    cand[1, 20, 100], ref[0, 3, 7], cand[1, 30, 9] = 2.0**60, math.nan, math.inf
+    tiling = Tiling(32, 2, 2, 4, 32)
+    found = compare(ref, cand, tiling=tiling, memory=(1 << 12, 1 << 14))
+    assert_true(found, reference_metrics(ref, cand))
+    assert found.max_abs_at == (1, 20, 100)
+    assert compare(ref, ref.clone(), tiling=tiling).bit_equal
+
+
 def test_wholly_padded_tensors_have_no_figures() -> None:
     """But the largest difference at padding is shown."""
     m = compare(torch.zeros(1, 2, 3), torch.ones(1, 2, 3), mask=torch.zeros(1, 2, dtype=torch.bool))
