@@ -212,7 +212,7 @@ def test_an_interrupted_command_leaves_no_ray_behind(here: Path, temporary: Path
         started |= sessions(temporary)
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)  # beside other tests
     assert process.returncode == 2
     assert err.splitlines()[-1].endswith(" are in stopped, without an index")
     assert started and not sessions(temporary) and not running(started)

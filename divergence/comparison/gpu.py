@@ -1,7 +1,7 @@
 """Comparison on a GPU: both tensors are read once, where they are, by a Triton kernel (`triton_kernel`).
 
 Nothing but results is copied to the host, in one piece. Beside the tensors there are partial sums
-(`ROW_BYTES`, `COLUMN_BYTES`) and the results: a tensor whose partial sums would take more is gone over in
+(`divergence.comparison.tiling`) and the results: a tensor whose partial sums would take more is gone over in
 several launches. All sums are in float64 and are added up in an order that depends on shapes and dtypes
 only: a call gives the same bits each time. It is another order than on the CPU: figures agree with the
 definitions, and so with the CPU, to a relative 1e-12.
@@ -11,84 +11,23 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from divergence.comparison import triton_parts as kernel
+from divergence.comparison.matrix import INTEGER, Matrix, pair_of, stored, table
 from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
+from divergence.comparison.tiling import COLUMN_BYTES, ROW_BYTES, Launch, Plan, Tiling, suitable
 from divergence.comparison.triton_kernel import compare as compare_matrices
-from divergence.comparison.views import Form, Operands, byte_values, operands
+from divergence.comparison.views import operands
 
 if TYPE_CHECKING:
     from divergence.comparison.views import Values
 
-ROW_BYTES = 36 << 20
-"""Most bytes of partial sums of rows."""
-
-COLUMN_BYTES = 13 << 20
-"""Most bytes of partial sums of columns."""
-
-SUMS_BYTES = 32
-"""Of the four sums of a row or column."""
-
-LEAST_DEPTH = 16
-"""Least rows of a program by default: each writes sums of its columns."""
-
-END_ROWS = 24
-"""What the end of a strip costs, and a launch, in rows of a strip."""
-
 MOST_FIGURES = 1 << 14
 """Programs whose figures are kept to the end; of more, those of each launch are put together after it."""
-
-LONGEST = (1 << 31) - (1 << 20)
-"""Rows and columns that can be numbered in int32, with room for those that are cut off."""
-
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What the kernel is given, by bytes of an element."""
-
-FLOATS = {
-    torch.float32: int(kernel.FLOAT32.value),
-    torch.float64: int(kernel.FLOAT64.value),
-    torch.bfloat16: int(kernel.BFLOAT16.value),
-    torch.float16: int(kernel.FLOAT16.value),
-}
-SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
-UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-
-WIDE = (torch.float64, torch.int32, torch.int64, torch.uint32, torch.uint64)
-"""Those that float32 cannot hold exactly."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How a matrix is shared out to programs.
-
-    Attributes:
-        threads: of a program, a multiple of 32.
-        run: consecutive columns of a thread.
-        rows: that are worked on at a time: 1, 2 or 4.
-        depth: rows of a program, a multiple of `rows`; 0 for as many as share the rows out evenly.
-        bits: of the words that errors are counted in, 32 or 64.
-        stages: steps of `rows` whose values are on their way at a time, if the device can.
-        registers: of a thread; a multiprocessor has 2^16, and runs as many threads as these are enough for.
-    """
-
-    threads: int
-    run: int
-    rows: int
-    depth: int
-    bits: int
-    stages: int = 4
-    registers: int = 168
-
-    @property
-    def width(self) -> int:
-        """Columns of a program."""
-        return self.threads * self.run
 
 
 def compare(
@@ -135,173 +74,15 @@ def launch(
         What holds the results when the device is done; None where the kernel cannot compare these.
     """
     given = operands(ref, cand, axes, mask)
-    pair = _pair(given)
+    pair = pair_of(given)
     if pair is None:
         return None
-    matrix = _Matrix(given.form, given.mask, *pair)
-    plan = _Plan.of(matrix, tiling or _tiling(matrix), memory)
+    matrix = Matrix(given.form, given.mask, *pair)
+    plan = Plan.of(matrix, tiling or suitable(matrix), memory)
     results = Results(matrix, plan, entries)
     for part in plan.launches:
         results.run(part)
     return results
-
-
-def _pair(given: Operands) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Both tensors as `[batch, head, token, channel]`, or None where the kernel cannot compare them."""
-    form = given.form
-    batch, heads, tokens, channels = form.pooled
-    if max(batch * tokens, heads * channels) > LONGEST:
-        return None
-    try:
-        for tensor in (given.ref, given.cand):
-            _stored(tensor.dtype)
-        return form.view(given.ref).view(form.pooled), form.view(given.cand).view(form.pooled)
-    except RuntimeError:
-        return None
-
-
-class _Matrix:
-    """Two tensors as matrices: rows are tokens of all batches, columns channels of all heads."""
-
-    def __init__(self, form: Form, mask: torch.Tensor | None, ref: torch.Tensor, cand: torch.Tensor) -> None:
-        self.form = form
-        self.mask = mask
-        self.sides = (ref, cand)
-        self.device = ref.device
-        self.batch, self.heads, self.tokens, self.channels = form.pooled
-        self.rows = self.batch * self.tokens
-        self.columns = self.heads * self.channels
-        self.same_dtype = ref.dtype == cand.dtype
-        # Threads and columns correspond where both sides are read alike.
-        self.native = (
-            self.device.type == "cuda"
-            and torch.version.hip is None
-            and ref.element_size() == cand.element_size()
-        )
-        self.wide = ref.dtype in WIDE or cand.dtype in WIDE
-        self.flat = sum(
-            flag << place
-            for place, flag in enumerate(
-                (*map(self._rows_flat, self.sides), *map(self._columns_flat, self.sides))
-            )
-        )
-
-    def steps(self, side: torch.Tensor) -> tuple[int, int, int, int]:
-        """Strides of batch, head, token and channel; of an axis of one member, that of the outer one."""
-        batch, head, token, channel = side.stride()
-        return batch, head, batch if self.tokens == 1 else token, head if self.channels == 1 else channel
-
-    def _rows_flat(self, side: torch.Tensor) -> bool:
-        batch, _, token, _ = side.stride()
-        return 1 in {self.batch, self.tokens} or batch == self.tokens * token
-
-    def _columns_flat(self, side: torch.Tensor) -> bool:
-        _, head, _, channel = side.stride()
-        return 1 in {self.heads, self.channels} or head == self.channels * channel
-
-    def aligned(self, side: torch.Tensor) -> bool:
-        """Whether runs of columns can be read 16 bytes at a time."""
-        *outer, channel = self.steps(side)
-        sizes = (self.batch, self.heads, self.tokens)
-        return (
-            channel == 1
-            and side.data_ptr() % 16 == 0
-            and all(step % 16 == 0 for step, size in zip(outer, sizes, strict=True) if size > 1)
-            and (self.channels % 16 == 0 or self.heads == 1)
-        )
-
-
-def _tiling(matrix: _Matrix) -> Tiling:
-    """What suits shape and dtypes: 16 bytes of a thread at a time, and no more threads than columns need."""
-    size = max(side.element_size() for side in matrix.sides)
-    run = min(8, 16 // size)
-    half = size <= 2
-    bits, registers, most = (32, 255, 64) if half else (64, 168, 128)
-    threads = min(most, max(32, _power(matrix.columns) // run))
-    run = min(run, _power(-(-matrix.columns // threads)))
-    while matrix.heads > 1 and matrix.channels % run:
-        run //= 2  # what a thread reads of a row must lie in one head (see `worst_at` in the kernel)
-    return Tiling(threads, run, 4 if half else 2, 0, bits, 3 if half else 4, registers)
-
-
-def _power(n: int) -> int:
-    """The least power of two that is not smaller."""
-    return 1 << (n - 1).bit_length()
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """A part of the matrix that is gone over at once: its number, its programs, the number of the first."""
-
-    number: int
-    rows: range
-    columns: range
-    first: int
-    programs: int
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """How a matrix is gone over."""
-
-    tiling: Tiling
-    launches: list[_Launch]
-
-    @classmethod
-    def of(cls, matrix: _Matrix, tiling: Tiling, memory: tuple[int, int]) -> _Plan:
-        """Launches whose partial sums fit into memory."""
-        for_rows, for_columns = (most // SUMS_BYTES for most in memory)
-        width = tiling.width
-        columns = min(matrix.columns, max(1, for_columns // width) * width)
-        strips = -(-columns // width)
-        most = _Most(
-            rows=max(tiling.rows, for_rows // strips),
-            blocks=max(1, for_columns // columns),
-            depth=kernel.MOST_COUNTED // tiling.run // tiling.rows * tiling.rows,
-        )
-        blocks, depth = _share(matrix.rows, strips, tiling, most, _resident(matrix.device, tiling))
-        step = depth * blocks
-        launches: list[_Launch] = []
-        first = 0
-        for row, column in itertools.product(range(0, matrix.rows, step), range(0, matrix.columns, columns)):
-            part = (
-                range(row, min(row + step, matrix.rows)),
-                range(column, min(column + columns, matrix.columns)),
-            )
-            programs = -(-len(part[0]) // depth) * -(-len(part[1]) // width)
-            launches.append(_Launch(len(launches), *part, first, programs))
-            first += programs
-        return cls(replace(tiling, depth=depth), launches)
-
-    @property
-    def programs(self) -> int:
-        """Of all launches."""
-        return self.launches[-1].first + self.launches[-1].programs
-
-
-@dataclass(frozen=True)
-class _Most:
-    """What a launch (rows, blocks of rows) and a program (depth) can have."""
-
-    rows: int
-    blocks: int
-    depth: int
-
-
-def _share(rows: int, strips: int, tiling: Tiling, most: _Most, resident: int) -> tuple[int, int]:
-    """Blocks of a launch and rows of each with which all is done soonest, `resident` programs at a time."""
-    found = {}
-    for programs in range(resident, 9 * resident, resident):
-        blocks = min(most.blocks, max(1, programs // strips))
-        depth = min(most.depth, max(tiling.rows, most.rows // blocks // tiling.rows * tiling.rows))
-        launches = -(-rows // (blocks * depth))
-        even = max(LEAST_DEPTH, -(-rows // (launches * blocks)))
-        depth = min(depth, -(-(tiling.depth or even) // tiling.rows) * tiling.rows)
-        blocks = min(blocks, -(-rows // depth))
-        launches = -(-rows // (blocks * depth))
-        waves = -(-blocks * strips // resident)
-        found[blocks, depth] = launches * (waves * (depth + END_ROWS) + END_ROWS)
-    return min(found, key=lambda pair: (found[pair], pair))
 
 
 class _Axis:
@@ -336,7 +117,7 @@ class Results:
         parts: views of these.
     """
 
-    def __init__(self, matrix: _Matrix, plan: _Plan, entries: int) -> None:
+    def __init__(self, matrix: Matrix, plan: Plan, entries: int) -> None:
         self.matrix, self.plan = matrix, plan
         self.token = _Axis(matrix.rows, entries, 1)
         self.channel = _Axis(matrix.columns, entries, 1)
@@ -351,7 +132,7 @@ class Results:
         self.ends = list(itertools.accumulate(size + size % 2 for size in sizes))
         self.sizes = sizes
         self.buffer = torch.zeros(self.ends[-1], dtype=torch.int64, device=matrix.device)
-        self.mask, self.plain = _masks(matrix, plan.tiling.depth)
+        self.mask, self.plain = masks(matrix, plan.tiling.depth)
 
     def parts(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Views of the buffer or of its copy."""
@@ -359,7 +140,7 @@ class Results:
         parts = [buffer[start : start + size] for start, size in zip(starts, self.sizes, strict=False)]
         return parts[:6] + [part.view(torch.float64) for part in parts[6:]]
 
-    def run(self, launch: _Launch) -> None:
+    def run(self, launch: Launch) -> None:
         """Goes over a part of the matrix."""
         matrix, tiling = self.matrix, self.plan.tiling
         (histogram, token_lost, channel_lost, head_lost, peak, integers, floats, token, channel, head) = (
@@ -408,10 +189,10 @@ class Results:
         sides: list[Any] = []
         for side in self.matrix.sides:
             steps = (step // unit for step in self.matrix.steps(side))
-            sides += [side.view(INTEGER[side.element_size()]), *steps, _table(side.dtype, self.matrix.device)]
+            sides += [side.view(INTEGER[side.element_size()]), *steps, table(side.dtype, self.matrix.device)]
         return sides
 
-    def _part(self, launch: _Launch) -> tuple[int, ...]:
+    def _part(self, launch: Launch) -> tuple[int, ...]:
         return (
             *(launch.rows.start, launch.rows.stop),
             *(launch.columns.start // 32, launch.columns.stop),
@@ -422,8 +203,8 @@ class Results:
         ref, cand = self.matrix.sides
         tiling = self.plan.tiling
         return {
-            "REF": _stored(ref.dtype),
-            "CAND": _stored(cand.dtype),
+            "REF": stored(ref.dtype),
+            "CAND": stored(cand.dtype),
             "WIDE": self.matrix.wide,
             "FLAT": self.matrix.flat,
             "MASKED": self.matrix.mask is not None,
@@ -518,50 +299,12 @@ def _range(ranges: Floats) -> tuple[float, float] | None:
     return (low, high) if low <= high else None
 
 
-def _masks(matrix: _Matrix, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+def masks(matrix: Matrix, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """On the device, whether each row is valid, and whether all rows of each program are; uint8."""
     if matrix.mask is None:
-        nothing = _table(torch.bool, matrix.device)
+        nothing = table(torch.bool, matrix.device)
         return nothing, nothing
     valid = matrix.mask.reshape(-1).to(torch.uint8)
     whole = torch.nn.functional.pad(valid, (0, -len(valid) % depth), value=1).view(-1, depth).amin(1)
     both = torch.cat([valid, whole]).to(matrix.device)
     return both[: len(valid)], both[len(valid) :]
-
-
-def _stored(dtype: torch.dtype) -> int:
-    """How the kernel reads a dtype.
-
-    Raises:
-        RuntimeError: it does not.
-    """
-    if dtype in FLOATS:
-        return FLOATS[dtype]
-    if dtype in SIGNED:
-        return int(kernel.SIGNED.value)
-    if dtype in UNSIGNED:
-        return int(kernel.UNSIGNED.value)
-    if dtype.itemsize > 1:
-        raise RuntimeError(f"{dtype}")
-    _table(dtype, torch.device("cpu"))
-    return int(kernel.TABLE.value)
-
-
-@lru_cache
-def _table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The values of all 256 bit patterns of a dtype of one byte, float32; anything for others.
-
-    Raises:
-        RuntimeError: the dtype has no values of its own.
-    """
-    values = byte_values(dtype) if dtype.itemsize == 1 else np.zeros(256, np.float32)
-    return torch.from_numpy(values).to(device)
-
-
-@lru_cache
-def _resident(device: torch.device, tiling: Tiling) -> int:
-    """Programs that the device runs at a time."""
-    if device.type != "cuda":
-        return 1
-    each = (1 << 16) // (tiling.registers * tiling.threads)
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) * each

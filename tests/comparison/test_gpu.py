@@ -26,7 +26,7 @@ from tests.strategies import DTYPES, SETTINGS, Case, cases
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from divergence.comparison import gpu
-from divergence.comparison.gpu import Tiling
+from divergence.comparison.tiling import Tiling
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
