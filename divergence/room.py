@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from divergence.probes.tensorrt.device import device_size
 from divergence.sources import MODEL_SUFFIXES, is_engine, settings_of
 
 if TYPE_CHECKING:
@@ -71,9 +72,15 @@ def weights_of(source: object, config: Config) -> int | None:
 
 
 def fits_twice(source: object, config: Config) -> bool:
-    """Whether a candidate may be loaded before the reference, which is taken to be as large."""
-    size, free = weights_of(source, config), host_memory()
-    return size is None or free is None or 2 * size <= SHARE * free
+    """Whether a candidate may be loaded before the reference, which is taken to be as large: in host memory,
+    and an engine on its device too."""
+    size, settings = weights_of(source, config), settings_of(source, config)
+    if size is None:
+        return True
+    rooms = [host_memory()]
+    if settings is not None and is_engine(settings):
+        rooms.append(device_size())
+    return all(room is None or 2 * size <= SHARE * room for room in rooms)
 
 
 def make_room(reference: PyTorchProbe, source: object, config: Config) -> bool:

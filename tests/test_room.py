@@ -140,6 +140,18 @@ def test_what_a_file_will_load_is_known_before(tmp_path: Path, monkeypatch: pyte
         assert room.fits_twice(model, Config()) is fits
 
 
+@pytest.mark.parametrize(("device", "fits"), [(250, True), (249, False), (None, True)])
+def test_an_engine_must_fit_on_its_device_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: int | None, fits: bool
+) -> None:
+    monkeypatch.setattr(room, "host_memory", lambda: 10_000)
+    monkeypatch.setattr(room, "device_size", lambda: device)
+    (tmp_path / "engine.plan").write_bytes(b"x" * 100)
+    (tmp_path / "model.onnx").write_bytes(b"x" * 100)
+    assert room.fits_twice(tmp_path / "engine.plan", Config()) is fits
+    assert room.fits_twice(tmp_path / "model.onnx", Config()), "runs on the host"
+
+
 def test_free_memory_is_that_of_the_machine() -> None:
     free = room.host_memory()
     if free is None:

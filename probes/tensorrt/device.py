@@ -14,6 +14,22 @@ _ELSEWHERE = (
 )
 
 
+def device_size() -> int | None:
+    """Bytes of memory that the first CUDA device has; None where there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, size = ctypes.c_int(), ctypes.c_size_t()
+    if (  # each gives 0 where it succeeds
+        driver.cuInit(0)
+        or driver.cuDeviceGet(ctypes.byref(device), 0)
+        or driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+    ):
+        return None
+    return size.value
+
+
 def missing_device() -> str:
     """Why TensorRT cannot run here, as a message, or ""."""
     try:
