@@ -122,9 +122,14 @@ class TensorRTProbe:
         options = self.options
         if self._worker is None or self._ahead is not None or options.host != "torch" or options.hazards:
             return
-        self._ahead = _Ahead(inputs, tempfile.TemporaryDirectory(prefix="divergence-engine-"))
-        request = self._run_request(_saved(inputs, self._ahead.path), "torch", self.path)
-        self._worker.post(RUN, {**self._request(), **request, "timed": False}, about=str(self.path))
+        ahead = _Ahead(inputs, tempfile.TemporaryDirectory(prefix="divergence-engine-"))
+        try:
+            request = self._run_request(_saved(inputs, ahead.path), "torch", self.path)
+            self._worker.post(RUN, {**self._request(), **request, "timed": False}, about=str(self.path))
+        except Exception:
+            ahead.folder.cleanup()  # `run` will say what is wrong
+        else:
+            self._ahead = ahead
 
     def refer(self, reference: Capture) -> None:
         """Takes the reference's run, which came after the probe was made."""

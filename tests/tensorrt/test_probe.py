@@ -315,3 +315,19 @@ def test_what_is_wrong_with_a_run_that_was_begun_is_said_when_it_is_asked_for(
     with pytest.raises(InputError, match="inputs x are missing"):
         run(made)
     assert ahead.closed
+
+
+def test_what_cannot_be_begun_is_run_when_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is wrong is said then, when the reference has run and others can still be compared."""
+
+    class Full(Ahead):
+        def post(self, job: str, request: Mapping[str, Any], *, about: str) -> None:
+            if job.endswith(":run"):
+                raise OSError(28, "No space left on device")
+
+    plain, _ = run(probe(tmp_path))
+    seen, facts = run(begun(tmp_path, monkeypatch, Full(tmp_path)))
+    assert seen.keys() == plain.keys()
+    assert facts.details["latency_ms"] == 1.25
