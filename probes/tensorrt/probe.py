@@ -239,13 +239,19 @@ class TensorRTProbe:
             self.close()  # a worker that died, or whose CUDA context is broken, serves nobody
             raise
 
-    def _fetched(self, progress: Progress) -> dict[str, Any]:
-        """What the run that `begin` started found."""
+    def _fetched(self, request: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+        """What the run that `begin` started found. One that failed is tried again: the reference, which had
+        its part of the device's memory, is done."""
         assert self._worker is not None
         try:
             if self._verified is not None:
                 self._verified.result()
             facts = self._worker.fetch(about=str(self.path), progress=progress)
+        except SourceError:
+            if self._worker.alive:
+                return self._call(RUN, request, progress)
+            self.close()
+            raise
         except DivergenceError:
             self.close()
             raise
@@ -268,7 +274,7 @@ class TensorRTProbe:
         if host == "pycuda" and self.options.host == "both":
             self.close()  # a process of its own, so that neither host lives on the other's context
         if self._ahead is not None and plan == self.path:
-            facts = self._fetched(progress)
+            facts = self._fetched(request, progress)
         else:
             facts = self._call(RUN, request, progress)
         return facts, load_file(request["outputs"])

@@ -241,6 +241,7 @@ class Ahead(StandIn):
         self.refused = refused
         self.posted: list[tuple[str, Mapping[str, Any]]] = []
         self.closed = False
+        self.alive = True
 
     def post(self, job: str, request: Mapping[str, Any], *, about: str) -> None:
         self.posted.append((job, request))
@@ -314,6 +315,25 @@ def test_what_is_wrong_with_a_run_that_was_begun_is_said_when_it_is_asked_for(
     made = begun(tmp_path, monkeypatch, ahead)
     with pytest.raises(InputError, match="inputs x are missing"):
         run(made)
+    assert ahead.closed
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_run_that_failed_beside_the_reference_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alive: bool
+) -> None:
+    """In the same process, if that is still there: the device's memory was the reference's then."""
+    write_engine(tmp_path)
+    ahead = Ahead(tmp_path, refused=SourceError("engine.plan: out of device memory"))
+    ahead.alive = alive
+    made = begun(tmp_path, monkeypatch, ahead)
+    if alive:
+        _, facts = run(made)
+        assert facts.details["latency_ms"] == 1.25
+        assert ahead.requests[-1]["inputs"] == ahead.posted[-1][1]["inputs"]
+    else:
+        with pytest.raises(SourceError, match="out of device memory"):
+            run(made)
     assert ahead.closed
 
 
