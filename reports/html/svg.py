@@ -33,10 +33,10 @@ def embedded(plot: Plot) -> str:
         for child in list(parent):
             if child.tag.endswith(("}style", "}metadata")):
                 parent.remove(child)
-    kept = _referenced(root)
+    kept, prefix = _referenced(root), _identifier(plot.name)
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
-        _rewrite(element, plot.name, kept)
+        _rewrite(element, prefix, kept)
     width, height = root.get("viewBox", "0 0 1 1").split()[2:]
     root.attrib = {
         "viewBox": f"0 0 {width} {height}",
@@ -80,8 +80,13 @@ def _rewrite(element: ET.Element, prefix: str, kept: set[str]) -> None:
         elif name == "d":
             written["d"] = " ".join(_NUMBER.sub(_rounded, value).split())
         elif not (name == "transform" and value.startswith("rotate(-0 ")):
-            written[name] = _REFERENCE.sub(rf"url(#{prefix}-\1)", _NUMBER.sub(_rounded, value))
+            written[name] = _REFERENCE.sub(f"url(#{prefix}-\\g<1>)", _NUMBER.sub(_rounded, value))
     element.attrib = {name: _VARIABLES.get(value, value) for name, value in written.items()}
+
+
+def _identifier(name: str) -> str:
+    """Another for each name, of characters that an `id` and a reference to it can hold."""
+    return re.sub(r"[^A-Za-z0-9.-]", lambda found: f"_{ord(found[0]):x}_", name)
 
 
 def _attributes(style: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from divergence.reports.html import render_html
@@ -115,6 +115,8 @@ ANY_TEXT = st.text(st.characters(), max_size=40)
 
 
 @given(ANY_TEXT)
+@example("\\2 \\A")
+@example("url(#x) )")
 @settings(max_examples=15)
 def test_any_name_leaves_the_page_well_formed(name: str) -> None:
     """The same tags whatever the name is, and text that a file can hold."""
