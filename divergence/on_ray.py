@@ -296,7 +296,10 @@ def _ask(address: str) -> None:
         )
     if tried.returncode:
         said = [line.strip() for line in tried.stderr.splitlines() if line.strip()] or ["no reason given"]
-        raise ConfigurationError(f"--ray {address}: {said[-1][:300]}; check the address, or give --ray local")
+        mend = "check the address, or give --ray local"
+        if address.startswith("ray://"):  # which does not answer a client without its token
+            mend += ", or set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH if the cluster asks for a token"
+        raise ConfigurationError(f"--ray {address}: {said[-1][:300]}; {mend}")
 
 
 @contextlib.contextmanager

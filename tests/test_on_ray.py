@@ -31,6 +31,7 @@ from divergence.result import Comparison
 from divergence.setting import Options
 
 ray = pytest.importorskip("ray")
+
 ROOT = Path(__file__).parents[1]
 
 MODEL = """
@@ -216,6 +217,30 @@ def test_an_interrupted_command_leaves_no_ray_behind(here: Path, temporary: Path
     assert process.returncode == 2
     assert err.splitlines()[-1].endswith(" are in stopped, without an index")
     assert started and not sessions(temporary) and not running(started)
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_lost_costs_no_pair(here: Path) -> None:
+    """Of a cluster of two, while both are at work."""
+    from ray.cluster_utils import Cluster
+
+    machine: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster: Any = Cluster(initialize_head=True, head_node_args=machine)
+    try:
+        other = cluster.add_node(**machine)
+        wanted = ["--cand", "clean.onnx", "--cand", "rotary-bf16.onnx"] * 3
+        process = command(here, *wanted, "--ray", cluster.address, "--out", "lost")
+        while len(list((here / "lost").glob("*/report.json"))) < 2:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        cluster.remove_node(other, allow_graceful=False)
+        out, err = process.communicate(timeout=300)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 1, err
+    assert "6 of 12 pairs fail" in out
+    verdicts = [json.loads(p.read_text())["verdict"] for p in (here / "lost").glob("*/report.json")]
+    assert sorted(verdicts) == ["fail"] * 6 + ["pass"] * 6
 
 
 @pytest.mark.slow
