@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LAST = (MANIFEST, "report.json", "index.html", "index.json")
 """Files that are uploaded after all others, in this order."""
 
+BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss"})
+"""Protocols that have no folders: making one would make a bucket, also one whose name is a mistake."""
+
 CACHE_BYTES = 1 << 30
 """Most that the fetched shards of a capture take on the disk, but for the one that is read."""
 
@@ -271,7 +274,8 @@ class _Store:
 
     def _put(self, file: Path, name: str) -> None:
         path = f"{self.root}/{name}"
-        self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self.url.partition("://")[0] not in BUCKETS:
+            self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
         self.system.put_file(str(file), path)
         size = self.system.info(path)["size"]
         if size is not None and size != file.stat().st_size:

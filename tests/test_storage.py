@@ -67,6 +67,32 @@ def stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BrokenFileSystem, "error", OSError("the network is gone"))
 
 
+class BucketsFileSystem(MemoryFileSystem):  # type: ignore[misc]
+    """A file system with one bucket, where making a folder would make a bucket."""
+
+    protocol = "oss"
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:  # noqa: FBT002 (as in its base)
+        raise AssertionError(f"made {path}")
+
+    def put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
+        if "mistyped" in rpath:
+            raise FileNotFoundError("The specified bucket does not exist")
+        with self.open(rpath, "wb") as file:
+            file.write(Path(lpath).read_bytes())
+
+
+def test_a_bucket_that_does_not_exist_is_not_made(tmp_path: Path) -> None:
+    fsspec.register_implementation("oss", BucketsFileSystem, clobber=True)
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    with pytest.raises(StorageError, match="oss://mistyped/run: no such file or folder; check the address"):
+        storage._Store.at("oss://mistyped/run").upload(folder)
+    storage._Store.at("oss://mine/run").upload(folder)
+    assert storage._Store.at("oss://mine/run").sizes() == {"report.json": 2}
+
+
 def left(tmp_path: Path) -> list[str]:
     """What divergence has left in the folder for temporary files."""
     gc.collect()
