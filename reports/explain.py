@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from divergence.reports import number
 from divergence.reports.page import Page
+from divergence.reports.words import part
 from divergence.result import Comparison, Hypothesis
 
 
@@ -55,7 +55,7 @@ def _labelled(label: str, lines: tuple[str, ...]) -> list[tuple[str, str]]:
 def _share(hypothesis: Hypothesis) -> str:
     if hypothesis.explained is None:
         return "told from facts, nothing was emulated"
-    share = f"{number(100 * hypothesis.explained)} % of the error at {hypothesis.site}"
+    share = f"{part(hypothesis.explained)} of the error at {hypothesis.site}"
     if hypothesis.overall is None:
         return share
-    return f"{share}, {number(100 * hypothesis.overall)} % over the tensors of the layer"
+    return f"{share}, {part(hypothesis.overall)} over the tensors of the layer"

@@ -182,6 +182,11 @@ def explained(share: float | None) -> str:
     return f"Putting this fault alone into the reference reproduces {number(100 * share)} % of the error."
 
 
+def part(explained: float) -> str:
+    """How much of an error an emulation explains: `97 %`, or `none` where it makes it larger."""
+    return f"{number(100 * explained)} %" if explained >= 0 else "none"
+
+
 def percent(share: float) -> str:
     """`2.7 %`, `2e-5 %`, `211 %`."""
     return f"{number(100 * share, 2) if share < 1 else many(100 * share)} %"

@@ -22,6 +22,7 @@ from divergence.reports.words import (
     first_site,
     judged_by,
     limits,
+    part,
     place,
     propagated,
     story,
@@ -293,7 +294,7 @@ def _hypothesis(tried: Hypothesis) -> dict[str, str]:
     return {
         "site": tried.site,
         "explanation": tried.title,
-        "explains": f"{number(100 * tried.explained)} %" if tried.explained is not None else "",
+        "explains": part(tried.explained) if tried.explained is not None else "",
         "for": "; ".join(tried.evidence_for),
         "against": "; ".join(tried.evidence_against),
     }

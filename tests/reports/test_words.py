@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from divergence.reports.words import many, percent, place, story
+from divergence.reports.words import many, part, percent, place, story
 from divergence.result import Policy, Unmatched
 from tests.reports import cases
 
@@ -62,3 +62,8 @@ def test_what_comes_before_is_said_as_far_as_it_is_known() -> None:
     assert story(cases.comparison(good, bad)).detail.startswith("All that is computed before it is within")
     for case in (cases.comparison(unknown, bad), cases.comparison(good, bad, unmatched=(missing,))):
         assert story(case).detail.startswith("All that could be judged before it is within its limits.")
+
+
+@pytest.mark.parametrize(("explained", "said"), [(0.974, "97.4 %"), (0.0, "0 %"), (-3e6, "none")])
+def test_what_an_emulation_explains(explained: float, said: str) -> None:
+    assert part(explained) == said
