@@ -79,7 +79,8 @@ def digest_started(inputs: Mapping[str, torch.Tensor]) -> Callable[[], str]:
     device are under way before its next kernel, so that no model is waited for."""
     import torch
 
-    copies = {name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in inputs.items()}
+    # Copies, for a model may write into its inputs.
+    copies = {n: tensor.detach().to("cpu", non_blocking=True, copy=True) for n, tensor in inputs.items()}
     devices = {tensor.device for tensor in inputs.values() if tensor.is_cuda}
     copied = [torch.cuda.current_stream(device).record_event() for device in devices]
 

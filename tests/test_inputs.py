@@ -385,3 +385,12 @@ def test_mask_that_leaves_nothing_is_an_error() -> None:
 def test_a_digest_that_was_started_is_the_digest() -> None:
     inputs = {"x": torch.randn(2, 3), "ids": torch.tensor([[1, 2]])}
     assert digest_started(inputs)() == digest(inputs)
+
+
+def test_a_digest_that_was_started_is_that_of_the_inputs_then() -> None:
+    """A model may write into them at once."""
+    inputs = {"x": torch.arange(1 << 16)}
+    before = digest(inputs)
+    started = digest_started(inputs)
+    inputs["x"].zero_()
+    assert started() == before
