@@ -12,10 +12,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.support.measure import median_seconds
 from divergence.comparison import compare_tensors
 
 BYTES = 4 << 30
@@ -58,18 +62,6 @@ def milliseconds(work: Callable[[], Any], runs: int = RUNS) -> float:
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def seconds(work: Callable[[], Any], runs: int = RUNS) -> float:
-    """Median of several calls by the host's clock, after one to warm up."""
-    work()
-    times = []
-    for _ in range(runs):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
@@ -136,7 +128,7 @@ def measure(label: str, ref: torch.Tensor, cand: torch.Tensor, reduce: Callable[
         "copy": copied,
         "seven figures": milliseconds(lambda: reduce(ref, cand)),
         "compare, on the device": milliseconds(lambda: gpu.launch(ref, cand)),
-        "compare, a call": 1e3 * seconds(lambda: compare_tensors(ref, cand)),
+        "compare, a call": 1e3 * median_seconds(lambda: compare_tensors(ref, cand), RUNS),
     }
     for what, ms in rows.items():
         speed = 2 * BYTES / ms / 1e9
@@ -146,7 +138,7 @@ def measure(label: str, ref: torch.Tensor, cand: torch.Tensor, reduce: Callable[
     compare_tensors(ref, cand)
     print(f"{label}, MiB beside: {(torch.cuda.max_memory_allocated() - before) / 2**20:.1f}")
     cand.view(-1)[0] = 2.0**80  # errors of more powers of two than are counted at once
-    ms = 1e3 * seconds(lambda: compare_tensors(ref, cand), 3)
+    ms = 1e3 * median_seconds(lambda: compare_tensors(ref, cand), 3)
     print(f"{label}, a call with a recount: {ms:.3f} ms")
 
 

@@ -10,12 +10,12 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from divergence.errors import DivergenceError, InputError, SourceError, nearest, one_line
+from divergence.working import in_background
 
 if TYPE_CHECKING:
     import numpy as np
@@ -89,10 +89,7 @@ def digest_started(inputs: Mapping[str, torch.Tensor]) -> Callable[[], str]:
             event.synchronize()
         return digest(copies)
 
-    pool = ThreadPoolExecutor(1, thread_name_prefix="digest-inputs")
-    digested = pool.submit(work)
-    pool.shutdown(wait=False)
-    return digested.result
+    return in_background(work, "digest-inputs").result
 
 
 def token_masks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -21,6 +21,7 @@ from divergence.probes.recorded import RecordedProbe
 from divergence.recording import Arrived, CaptureWriter
 from divergence.room import fits_twice
 from divergence.sources import is_runtime_file, open_source
+from divergence.working import in_background
 
 if TYPE_CHECKING:
     import torch
@@ -145,9 +146,7 @@ def getting_ready(
     early: dict[str, Future[Probe]] = {}
     files = [c for c in candidates if isinstance(c, str | Path) and is_runtime_file(c, config)]
     if files and fits_twice(files[0], config):
-        pool = ThreadPoolExecutor(1, thread_name_prefix="get-ready")
-        early[str(files[0])] = pool.submit(_ready, files[0], config, options)
-        pool.shutdown(wait=False)
+        early[str(files[0])] = in_background(lambda: _ready(files[0], config, options), "get-ready")
     try:
         yield early
     finally:

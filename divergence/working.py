@@ -6,8 +6,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -36,6 +40,14 @@ def quiet_collector() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """What `work` will give, on a thread of its own called `name`."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
 
 
 def file_name(name: str) -> str:

@@ -13,6 +13,7 @@ from divergence.reports.chart import profile
 from divergence.reports.layers import range_remarks
 from divergence.reports.page import Page
 from divergence.reports.table import write_layers
+from divergence.reports.words import part
 from divergence.result import METRICS, Comparison, Policy, SiteResult, Unmatched
 
 STYLES = {"pass": "bold green", "fail": "bold red", "error": "bold yellow"}
@@ -245,7 +246,7 @@ def _causes(page: Page, comparison: Comparison) -> None:
     where = comparison.first_divergence.site if comparison.first_divergence else "the first divergence"
     for i, cause in enumerate(comparison.causes, 1):
         share = (
-            f" (explains {number(100 * cause.explained)} % of the error at {cause.site or where})"
+            f" (explains {part(cause.explained)} of the error at {cause.site or where})"
             if cause.explained is not None
             else f" ({cause.site})"
             if cause.site

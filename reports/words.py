@@ -179,7 +179,7 @@ def explained(share: float | None) -> str:
     """What an explained share means, or ""."""
     if share is None or not math.isfinite(share):
         return ""
-    return f"Putting this fault alone into the reference reproduces {number(100 * share)} % of the error."
+    return f"Putting this fault alone into the reference reproduces {part(share)} of the error."
 
 
 def part(explained: float) -> str:

@@ -132,7 +132,7 @@ class Results:
         self.ends = list(itertools.accumulate(size + size % 2 for size in sizes))
         self.sizes = sizes
         self.buffer = torch.zeros(self.ends[-1], dtype=torch.int64, device=matrix.device)
-        self.mask, self.plain = masks(matrix, plan.tiling.depth)
+        self.mask, self.plain = _masks(matrix, plan.tiling.depth)
 
     def parts(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """Views of the buffer or of its copy."""
@@ -233,33 +233,32 @@ class Results:
         matrix = self.matrix
         # Page-locked memory takes several times as much a second.
         host = torch.empty(self.buffer.shape, dtype=torch.int64, pin_memory=self.buffer.is_cuda)
-        parts = [part.numpy() for part in self.parts(host.copy_(self.buffer))]
-        histogram, token_lost, channel_lost, head_lost, _, integers, floats, token, channel, head = parts
+        parts = self.parts(host.copy_(self.buffer))
+        histogram, token_lost, channel_lost, head_lost, *_, token, channel, head = (
+            part.numpy() for part in parts
+        )
+        figures, numbers = (part.tolist() for part in _together(parts[6], parts[5]))
+        total, worst, ref_low, ref_high, cand_low, cand_high, padded, _ = figures
+        place, ref_nonfinite, cand_nonfinite, flags = numbers
         sums = arrange(
             matrix.form,
             _moments(self.token.members * matrix.columns - token_lost, token),
             _moments(self.head.members * (matrix.channels * matrix.rows) - head_lost, head),
             _moments(self.channel.members * matrix.rows - channel_lost, channel),
         )
-        numbers = integers.reshape(-1, kernel.INTEGERS.value)
-        figures = floats.reshape(-1, kernel.FLOATS.value)
-        compared = matrix.rows * matrix.columns - int(token_lost.sum())
-        worst, padded = float(figures[:, 1].max()), float(figures[:, 6].max())
-        if (numbers[:, 3] >= kernel.MISCOUNTED.value).any():
+        if flags & kernel.MISCOUNTED.value:
             histogram = self._recount(worst).cpu().numpy()
-        histogram[0] = compared - int(histogram.sum())
+        histogram[0] = matrix.rows * matrix.columns - int(token_lost.sum()) - int(histogram.sum())
         valid = matrix.rows if matrix.mask is None else int(matrix.mask.sum())
         scan = Scan(
             elements=valid * matrix.columns,
-            ref_nonfinite=int(numbers[:, 1].sum()),
-            cand_nonfinite=int(numbers[:, 2].sum()),
-            bit_equal=matrix.same_dtype and not (numbers[:, 3] & 1).any(),
-            abs_sum=float(figures[:, 0].sum()),
-            max_abs=(worst, self._index(int(numbers[figures[:, 1] == worst, 0].min())))
-            if worst >= 0
-            else None,
-            ref_range=_range(figures[:, 2:4]),
-            cand_range=_range(figures[:, 4:6]),
+            ref_nonfinite=ref_nonfinite,
+            cand_nonfinite=cand_nonfinite,
+            bit_equal=matrix.same_dtype and not flags & 1,
+            abs_sum=total,
+            max_abs=(worst, self._index(place)) if worst >= 0 else None,
+            ref_range=(ref_low, ref_high) if ref_low <= ref_high else None,
+            cand_range=(cand_low, cand_high) if cand_low <= cand_high else None,
             padded_max_abs=padded if padded >= 0 else None,
             error_exponents=histogram,
         )
@@ -294,12 +293,7 @@ def _moments(count: Any, sums: Any) -> Floats:
     return np.concatenate([count[None].astype(np.float64), sums.reshape(-1, 4).T])
 
 
-def _range(ranges: Floats) -> tuple[float, float] | None:
-    low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())
-    return (low, high) if low <= high else None
-
-
-def masks(matrix: Matrix, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _masks(matrix: Matrix, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
     """On the device, whether each row is valid, and whether all rows of each program are; uint8."""
     if matrix.mask is None:
         nothing = table(torch.bool, matrix.device)

@@ -32,13 +32,11 @@ from divergence.comparison.triton_parts import (
     columns_at,
     count,
     errors_of,
+    extreme_of,
+    extreme_of_both,
     finite,
     is_valid,
-    least_of,
-    least_of_both,
     load,
-    most_of,
-    most_of_both,
     own,
     pairs_of,
     store_rows,
@@ -127,7 +125,7 @@ def _finish(
 def _read(
     ref, cand, at, row, end, columns, column_end, sizes, FLAT: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """What is stored in a row of either side, `[NT * V]`; if not careful, in the last one where there is none."""
+    """What is stored in a row of either side, `[NT * V]`."""
     inside = columns < tl.where(row < end, column_end, 0)
     one = load(ref, at[0], row, inside, sizes, FLAT & 1, not CAREFUL)
     other = load(cand, at[1], row, inside, sizes, FLAT & 2, not CAREFUL)
@@ -209,11 +207,10 @@ def _scan(
                 r_all, c_all = pairs_of(r_words, LOG, REF), pairs_of(c_words, LOG, REF)
                 for i in tl.static_range(V // 2):
                     different |= r_words[i] ^ c_words[i]
-                    ref_low, ref_high = least_of(ref_low, r_words[i], REF), most_of(ref_high, r_words[i], REF)
-                    cand_low, cand_high = (
-                        least_of(cand_low, c_words[i], REF),
-                        most_of(cand_high, c_words[i], REF),
-                    )
+                    ref_low = extreme_of(ref_low, r_words[i], REF, False)
+                    ref_high = extreme_of(ref_high, r_words[i], REF, True)
+                    cand_low = extreme_of(cand_low, c_words[i], REF, False)
+                    cand_high = extreme_of(cand_high, c_words[i], REF, True)
             else:
                 r_raw, c_raw = apart(own(raw[0], NT, V), LOG), apart(own(raw[1], NT, V), LOG)
                 r_all, c_all = (), ()
@@ -301,8 +298,8 @@ def _scan(
     if redo == 0:
         if PACKED:
             extremes = (
-                least_of_both(ref_low, REF), most_of_both(ref_high, REF),
-                least_of_both(cand_low, REF), most_of_both(cand_high, REF), padded,
+                extreme_of_both(ref_low, REF, False), extreme_of_both(ref_high, REF, True),
+                extreme_of_both(cand_low, REF, False), extreme_of_both(cand_high, REF, True), padded,
             )  # fmt: skip
         else:
             extremes = (ref_low, ref_high, cand_low, cand_high, padded)
@@ -347,9 +344,10 @@ def compare(
         histogram: `[2048]`, added to.
         token_dropped, channel_dropped, head_dropped: what was not compared of each entry, added to; an entry has
             `..._group` members.
-        row_sums: `[warps of all strips, rows, 4]`: sums of (c - r)^2, r^2, c^2 and r c.
+        row_sums: `[strips, rows, 4]`: sums of (c - r)^2, r^2, c^2 and r c.
         column_sums: `[blocks of rows, columns, 4]`.
         floats, integers: `[programs, FLOATS]` and `[programs, INTEGERS]`, those of this part from `number0` on.
+        peak: the upper half of the largest error so far, raised.
         REF, CAND: how values are stored.
         WIDE: values need float64.
         SAME: both sides are of one dtype.
@@ -358,6 +356,7 @@ def compare(
         NATIVE: may use instructions of NVIDIA's devices; both sides aligned, of one size, and BR 2 or 4.
         NT: threads; V: columns of each, 2^LOG; BR: rows worked on at a time, 2^LOG_BR.
         BITS: of a word that exponents are counted in.
+        STAGES: steps of BR rows whose values are on their way at a time.
     """
     number = tl.program_id(0)
     BC: tl.constexpr = NT * V

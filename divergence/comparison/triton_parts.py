@@ -226,12 +226,6 @@ def is_valid(mask, row, end, MASKED: tl.constexpr):
 
 
 @triton.jit
-def exponents_of(errors):
-    """The exponents of float64 numbers that are not negative."""
-    return (errors.to(tl.int64, bitcast=True) >> 32).to(tl.int32) >> 20
-
-
-@triton.jit
 def upper_half(values, NATIVE: tl.constexpr):
     """The upper halves of float64 numbers, and their exponents."""
     if NATIVE:  # the compiler makes more of it
@@ -325,33 +319,20 @@ def store_rows(sums, to, start, end, NT: tl.constexpr, BR: tl.constexpr, NATIVE:
 
 
 @triton.jit
-def least_of(a, b, KIND: tl.constexpr):
-    """The lesser of two values of 16 bits, twice in a word."""
+def extreme_of(a, b, KIND: tl.constexpr, MOST: tl.constexpr):
+    """The greater, if `MOST`, or else the lesser of two values of 16 bits, twice in a word."""
+    which: tl.constexpr = "max" if MOST else "min"
+    kind: tl.constexpr = "bf16x2" if KIND == BFLOAT16 else "f16x2"
     return tl.inline_asm_elementwise(
-        "min.bf16x2 $0, $1, $2;" if KIND == BFLOAT16 else "min.f16x2 $0, $1, $2;",
-        "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1,
+        which + "." + kind + " $0, $1, $2;", "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1
     )  # fmt: skip
 
 
 @triton.jit
-def most_of(a, b, KIND: tl.constexpr):
-    """The greater of two values of 16 bits, twice in a word."""
-    return tl.inline_asm_elementwise(
-        "max.bf16x2 $0, $1, $2;" if KIND == BFLOAT16 else "max.f16x2 $0, $1, $2;",
-        "=r,r,r", (a, b), tl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def least_of_both(words, KIND: tl.constexpr):
+def extreme_of_both(words, KIND: tl.constexpr, MOST: tl.constexpr):
+    """The greater, if `MOST`, or else the lesser of the two values in a word, as float32."""
     low, high = _both(words, KIND)
-    return tl.minimum(low, high)
-
-
-@triton.jit
-def most_of_both(words, KIND: tl.constexpr):
-    low, high = _both(words, KIND)
-    return tl.maximum(low, high)
+    return tl.maximum(low, high) if MOST else tl.minimum(low, high)
 
 
 @triton.jit

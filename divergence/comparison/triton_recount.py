@@ -12,10 +12,10 @@ from divergence.comparison.triton_parts import (
     columns_at,
     count,
     errors_of,
-    exponents_of,
     is_valid,
     own,
     tally,
+    upper_half,
     words_of,
     zeros,
 )
@@ -58,7 +58,7 @@ def recount(
         for row in range(first, last):
             used = columns < tl.where(is_valid(mask, row, last, MASKED), column_end, 0)
             errors = errors_of(one, other, at, row, used, sizes, REF, CAND, WIDE, FLAT)
-            exponents = own(exponents_of(tl.maximum(errors, 0.0)), NT, V)
+            _, exponents = upper_half(own(tl.maximum(errors, 0.0), NT, V), False)
             within = (exponents <= top) & (exponents > top - BITS)
             words = words_of(tl.where(within, exponents, 0), BITS, False)
             planes, carry = count(planes, apart(words, LOG), 0, LOG)

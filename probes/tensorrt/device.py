@@ -16,9 +16,8 @@ _ELSEWHERE = (
 
 def device_size() -> int | None:
     """Bytes of memory that the first CUDA device has; None where there is none."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None:
         return None
     device, size = ctypes.c_int(), ctypes.c_size_t()
     if (  # each gives 0 where it succeeds
@@ -32,9 +31,8 @@ def device_size() -> int | None:
 
 def missing_device() -> str:
     """Why TensorRT cannot run here, as a message, or ""."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = _driver()
+    if driver is None:
         return f"TensorRT needs a CUDA device, and this machine has no CUDA driver; {_ELSEWHERE}"
     status = driver.cuInit(0)
     if status != 0:
@@ -45,3 +43,10 @@ def missing_device() -> str:
     if importlib.util.find_spec("tensorrt") is None:
         return "TensorRT is not installed; pip install 'divergence-debugger[tensorrt]'"
     return ""
+
+
+def _driver() -> ctypes.CDLL | None:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +25,7 @@ from divergence.probes.tensorrt.plan import PlanHeader, digest_of, read_header
 from divergence.probes.tensorrt.process import Worker
 from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar, plain_of, verify
 from divergence.sites import DETAIL_TENSORS
+from divergence.working import in_background
 
 if TYPE_CHECKING:
     import torch
@@ -112,9 +114,7 @@ class TensorRTProbe:
             if loads:
                 self._worker.post(LOAD, self._request(), about=str(self.path))
         if self.sidecar is not None and self._verified is None:
-            pool = ThreadPoolExecutor(1, thread_name_prefix="verify-plan")
-            self._verified = pool.submit(verify, self.path, self.sidecar)
-            pool.shutdown(wait=False)
+            self._verified = in_background(partial(verify, self.path, self.sidecar), "verify-plan")
 
     def begin(self, inputs: Mapping[str, torch.Tensor]) -> None:
         """Starts the run on `inputs` after `start`, while other work is done; the latency is taken when `run`
