@@ -8,11 +8,12 @@ writes captures; those that are not to be kept stay in memory as far as they fit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,38 +203,78 @@ def fingerprint(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     return fingerprint_started(named)()
 
 
-def fingerprint_started(named: Iterable[tuple[str, torch.Tensor]]) -> Callable[[], str]:
+def fingerprint_started(
+    named: Iterable[tuple[str, torch.Tensor]], after: Sequence[torch.cuda.Event] = ()
+) -> Callable[[], str]:
     """As `fingerprint`, of weights as they are now; what is returned gives it. Weights on a device are read
-    there without waiting; what they come to is fetched once, when it is asked for."""
-    digested: list[tuple[str, list[torch.Tensor]]] = []
-    for name, tensor in named:
-        header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
-        empty = not tensor.numel() or tensor.device.type == "meta"
-        digested.append((header, [] if empty else _digests(tensor.detach())))
-    return functools.partial(_fetched, digested)
+    there without waiting; what they come to is fetched once, when it is asked for.
 
-
-def _fetched(digested: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> str:
+    Args:
+        named: the parameters.
+        after: what was recorded on each device that holds some when they had been written. They are read
+            beside what a device does since; it must leave them alone until the digest is there.
+    """
     import torch
 
-    fetched: dict[torch.device, Iterator[torch.Tensor]] = {}
-    for device in {part.device for _, parts in digested for part in parts}:
-        there = [part for _, parts in digested for part in parts if part.device == device]
-        fetched[device] = iter(torch.cat(there).cpu().split([part.numel() for part in there]))
+    digested: list[tuple[str, list[torch.Tensor]]] = []
+    streams = [torch.cuda.Stream(event.device) for event in after]
+    with contextlib.ExitStack() as beside:
+        for stream, event in zip(streams, after, strict=True):
+            stream.wait_event(event)
+            beside.enter_context(torch.cuda.stream(stream))
+        for name, tensor in named:
+            header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
+            empty = not tensor.numel() or tensor.device.type == "meta"
+            digested.append((header, [] if empty else _digests(tensor.detach())))
+        parts = _brought_together(digested)
+    return functools.partial(_fetched, digested, parts, streams)
+
+
+Kind = tuple["torch.device", "torch.dtype"]
+
+
+def _brought_together(digested: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> dict[Kind, torch.Tensor]:
+    """Copies of all parts of a device and dtype in one tensor, which keeps what may be written into."""
+    import torch
+
+    parts: dict[Kind, list[torch.Tensor]] = {}
+    for _, own in digested:
+        for part in own:
+            parts.setdefault((part.device, part.dtype), []).append(part)
+    return {kind: torch.cat(own) for kind, own in parts.items()}
+
+
+def _fetched(
+    digested: Sequence[tuple[str, Sequence[torch.Tensor]]],
+    together: Mapping[Kind, torch.Tensor],
+    streams: Sequence[torch.cuda.Stream],
+) -> str:
+    import torch
+
+    for stream in streams:
+        stream.synchronize()
+    # Slices in the order that `_brought_together` met them in.
+    octets = {kind: held.cpu().view(torch.uint8).numpy().data for kind, held in together.items()}
+    at = dict.fromkeys(octets, 0)
     digest = hashlib.sha256()
     for header, parts in digested:
         digest.update(header.encode())
         for part in parts:
-            digest.update(next(fetched[part.device]).numpy().data)
+            kind = part.device, part.dtype
+            start = at[kind]
+            at[kind] += part.numel() * part.itemsize
+            digest.update(octets[kind][start : at[kind]])
     return digest.hexdigest()[:16]
 
 
 def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """What of the contents of a tensor enters its model's digest, as bytes of their own on its device."""
+    """What of the contents of a tensor enters its model's digest, some of it as views."""
     import torch
 
     flat = tensor.reshape(-1).contiguous()
-    parts = [flat[:: -(-flat.numel() // 64)].clone()]
+    sampled = flat[:: -(-flat.numel() // 64)]
+    # Integers, which any device can put together.
+    parts = [sampled.clone().view(torch.int64) if flat.itemsize > WORD else sampled.view(_integers(flat))]
     if not any(count * flat.itemsize % WORD for count in (flat.numel(), flat.storage_offset())):
         words = flat.view(torch.int64)
     else:
@@ -241,7 +282,13 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
         if octets.storage_offset() % WORD:  # cannot be seen as words in place
             octets = octets.clone()
         words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-        parts.insert(0, octets[words.numel() * WORD :].clone())
+        parts.insert(0, octets[words.numel() * WORD :])
     if words.numel():
-        parts.append(torch.hash_tensor(words).reshape(-1))
-    return [part.view(torch.uint8) for part in parts if part.numel()]
+        parts.append(torch.hash_tensor(words).view(torch.int64).reshape(1))
+    return [part for part in parts if part.numel()]
+
+
+def _integers(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -27,6 +29,7 @@ class _Group(click.Group):
     """Turns every error into one line on stderr and exit status 2."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        whole_process = not args and "args" not in kwargs
         kwargs["standalone_mode"] = False
         try:
             status = super().main(*args, **kwargs)
@@ -42,7 +45,19 @@ class _Group(click.Group):
         except OSError as error:
             click.echo(f"error: {one_line(error)}", err=True)
             status = 2
-        sys.exit(status if isinstance(status, int) else 0)
+        _leave(status if isinstance(status, int) else 0, whole_process=whole_process)
+
+
+def _leave(status: int, *, whole_process: bool) -> NoReturn:
+    """Ends the command. A process that holds models on a GPU ends by itself, once all has been written: the
+    system frees what they hold sooner than Python and the libraries do, which take a second or more."""
+    torch = sys.modules.get("torch")
+    if whole_process and torch is not None and torch.cuda.is_initialized() and "ray" not in sys.modules:
+        atexit._run_exitfuncs()  # noqa: SLF001 - temporary folders, threads that still write
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from divergence.alignment import align
 from divergence.comparing import compare_pair
+from divergence.comparison import on_device
 from divergence.config import Config, Tolerance
 from divergence.errors import ConfigurationError
 from divergence.masks import valid_tokens
@@ -89,22 +90,24 @@ def prepared(
             keep=keep is not None,
         )
         begin(early, setting.inputs)
-        with contextlib.ExitStack() as loading:
-            loading.enter_context(comparison_loading())
+        probe = open_source(ref, config)
+        pytorch = as_pytorch(probe)
+        on_cuda = pytorch is not None and pytorch.on_cuda
+        with contextlib.ExitStack() as comparing:
+            comparing.enter_context(comparison_loading("cuda" if on_cuda else "cpu"))
+            if pytorch is not None and on_cuda:
+                comparing.enter_context(on_device(pytorch.device))
             with one_core_spared(early):
-                reference = prepare(ref, setting)
-            if reference.pytorch is not None and reference.pytorch.on_cuda:
-                loading.enter_context(comparison_loading("cuda"))
+                reference = prepare(probe, setting)
             yield setting, reference
 
 
-def prepare(ref: object, setting: Setting) -> Reference:
+def prepare(probe: Probe, setting: Setting) -> Reference:
     """Runs the reference once and captures it, unless `setting.references` knows its run.
 
     Raises:
         DivergenceError: it cannot be run.
     """
-    probe = open_source(ref, setting.config)
     pytorch = as_pytorch(probe)
     if setting.references is not None and pytorch is not None and pytorch is probe:
         known = setting.references.prepare(pytorch, setting)

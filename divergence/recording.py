@@ -11,7 +11,6 @@ import errno
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,20 +18,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from divergence.budget import Budget
-from divergence.captures import MANIFEST, MASK_PREFIX, SCHEMA, Capture, Entry, open_capture, partial_of
+from divergence.captures import MANIFEST, MASK_PREFIX, SCHEMA, Capture, Entry, partial_of
 from divergence.errors import CaptureError, one_line
+from divergence.lanes import Filling, Lane, Shards
 from divergence.precision import dtype_name
 from divergence.probes import Observation, RunFacts
-from divergence.shards import DTYPES, ShardWriter, pieces
+from divergence.shards import DTYPES, pieces
 from divergence.sites import Site, in_execution_order
-from divergence.staging import WRITERS, Copier, CudaCopier, Staging
+from divergence.staging import WRITERS, Copier, CudaCopier, Receiver, Staging
 
 if TYPE_CHECKING:
     import torch
 
 REPLACED = ".replaced"
 SHARD_BYTES = 64 << 20
-STAGED = 64 << 20
+STAGED = 96 << 20
 """Bytes of page-locked buffers, where no budget says less."""
 
 PIECE = 8 << 20
@@ -79,11 +79,10 @@ class CaptureWriter:
         self._entries: dict[Site, Entry] = {}
         self._masks: list[str] = []
         self._held: dict[str, torch.Tensor] = {}
-        self._shards = _Shards(self._partial, shard_bytes)
-        self._direct = _Lane(self._shards)
-        self._staged = [_Lane(self._shards) for _ in range(WRITERS)]
-        self._sent = 0
-        self._lane_of: dict[str, _Lane] = {}
+        self._shards = Shards(self._partial, shard_bytes)
+        self._direct = Lane(self._shards)
+        self._staged = [Lane(self._shards) for _ in range(WRITERS)]
+        self._lane_of: dict[str, Lane] = {}
         self._staging: Staging | None = None
         self._closed = False
         if (
@@ -154,8 +153,6 @@ class CaptureWriter:
             if self._shards.files or self._budget is None:
                 self._replace()
         self._closed = True
-        if self._budget is None:
-            return open_capture(self.path)
         return Capture(self.path, facts, inputs_digest, entries, masks, self._held)
 
     def _file_of(self, name: str) -> str:
@@ -201,9 +198,12 @@ class CaptureWriter:
                 for piece in pieces(tensor, PIECE):
                     receive(piece)
         else:
-            writer = self._next_writer()
-            lane = self._lane_of[name] = self._staged[writer]
-            self._send(tensor, lane.receiver(name, tensor.dtype, tuple(tensor.shape)), writer)
+
+            def receiver(writer: int) -> Receiver:
+                lane = self._lane_of[name] = self._staged[writer]
+                return lane.receiver(name, tensor.dtype, tuple(tensor.shape))
+
+            self._send(tensor, receiver)
 
     def _on_cpu(self, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
@@ -229,25 +229,20 @@ class CaptureWriter:
                 held.copy_(tensor)
                 arrived()
             else:
-                self._send(tensor, _filling(held), self._next_writer(), arrived)
+                receive = Filling(held)
+                self._send(tensor, lambda _: receive, arrived)
 
     def _send(
         self,
         tensor: torch.Tensor,
-        receive: Callable[[torch.Tensor], None],
-        writer: int,
-        done: Callable[[], None] | None = None,
+        receiver: Callable[[int], Receiver],
+        done: Callable[[], None] = lambda: None,
     ) -> None:
         if self._staging is None:
             memory = STAGED if self._budget is None else min(STAGED, self._budget.under_way)
             self._staging = Staging(self._copier or CudaCopier(), memory)
         with self._naming_failures():
-            self._staging.send(tensor, receive, done or (lambda: None), writer=writer)
-
-    def _next_writer(self) -> int:
-        """The thread that the next tensor goes to: each in turn."""
-        self._sent += 1
-        return self._sent % WRITERS
+            self._staging.send(tensor, receiver, done)
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
@@ -265,116 +260,3 @@ class CaptureWriter:
                 f"{len(self._entries)} sites so far); free some space or set TMPDIR or --out elsewhere"
             )
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
-
-
-class _Shards:
-    """The shards of a capture.
-
-    Attributes:
-        files: sizes of those that are complete, by name, in bytes.
-    """
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.shard_bytes = shard_bytes
-        self.files: dict[str, int] = {}
-        self._folder = folder
-        self._made = False
-        self._open: list[ShardWriter] = []
-        self._lock = threading.Lock()
-
-    def make_folder(self) -> None:
-        """Makes the folder, once.
-
-        Raises:
-            CaptureError: it cannot be made.
-        """
-        if self._made:
-            return
-        try:
-            if self._folder.exists():
-                shutil.rmtree(self._folder)
-            self._folder.mkdir(parents=True)
-        except OSError as error:
-            raise CaptureError(f"{self._folder}: cannot be made ({one_line(error)})") from error
-        self._made = True
-
-    def open(self) -> ShardWriter:
-        """The next shard."""
-        with self._lock:
-            self.make_folder()
-            name = f"shard-{len(self.files) + len(self._open):04d}.safetensors"
-            shard = ShardWriter(self._folder / name)
-            self._open.append(shard)
-            return shard
-
-    def complete(self, shard: ShardWriter) -> None:
-        """Completes a shard."""
-        size = shard.close()
-        with self._lock:
-            self._open.remove(shard)
-            self.files[shard.path.name] = size
-
-    def abandon(self) -> None:
-        """Closes whatever is open."""
-        for shard in self._open:
-            shard.abandon()
-
-
-class _Lane:
-    """Writes tensors one after another into shards of its own; a lane belongs to one thread.
-
-    Attributes:
-        files: name of the shard by name of the tensor.
-    """
-
-    def __init__(self, shards: _Shards) -> None:
-        self.files: dict[str, str] = {}
-        self._shards = shards
-        self._shard: ShardWriter | None = None
-
-    def receiver(
-        self, name: str, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> Callable[[torch.Tensor], None]:
-        """What takes the bytes of the next tensor, in pieces."""
-        begun = False
-
-        def receive(octets: torch.Tensor) -> None:
-            nonlocal begun
-            if not begun:
-                begun = True
-                self._begin(name, dtype, shape)
-            assert self._shard is not None
-            self._shard.write(octets)
-
-        return receive
-
-    def close(self) -> None:
-        """Completes the shard that is open."""
-        if self._shard is not None:
-            self._shards.complete(self._shard)
-            self._shard = None
-
-    def _begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        if self._shard is not None and (
-            self._shard.nbytes >= self._shards.shard_bytes or not self._shard.takes(name, dtype, shape)
-        ):
-            self.close()
-        if self._shard is None:
-            self._shard = self._shards.open()
-        self._shard.begin(name, dtype, shape)
-        self.files[name] = self._shard.path.name
-
-
-def _filling(held: torch.Tensor) -> Callable[[torch.Tensor], None]:
-    """What puts the bytes that it is given into a tensor, one piece after another."""
-    import torch
-
-    octets = held.reshape(-1).view(torch.uint8)
-    filled = 0
-
-    def receive(piece: torch.Tensor) -> None:
-        nonlocal filled
-        octets[filled : filled + piece.numel()].copy_(piece)
-        filled += piece.numel()
-
-    return receive

@@ -50,6 +50,7 @@ DTYPES = {
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
 _LENGTH = 8
+_ZEROS = memoryview(bytes(1 << 20))
 _MOST_HEADER = 100 << 20  # what safetensors itself takes
 
 
@@ -63,6 +64,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.nbytes = 0
+        self._expected = 0
         self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
         self._header = 2
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -78,6 +80,17 @@ class ShardWriter:
             self._tensors[f"replaced:{len(self._tensors)}"] = self._tensors.pop(name)
         self._tensors[name] = (dtype, shape, self.nbytes)
         self._header += len(_described(name, dtype, shape, self.nbytes, self.nbytes)) + 40
+
+    def expect(self, nbytes: int) -> None:
+        """Makes the file longer by what `write` is going to append later.
+
+        Raises:
+            OSError: as `write`.
+        """
+        start = max(self._expected, self.nbytes)
+        self._expected = start + nbytes
+        for at in range(start, self._expected, len(_ZEROS)):
+            os.pwrite(self._file, _ZEROS[: self._expected - at], HEADER_BYTES + at)
 
     def write(self, octets: torch.Tensor) -> None:
         """Appends bytes (`uint8`, contiguous, on the CPU).
@@ -106,6 +119,7 @@ class ShardWriter:
         text = json.dumps(content, separators=(",", ":")).encode().ljust(length)
         try:
             os.pwrite(self._file, length.to_bytes(_LENGTH, "little") + text, 0)
+            os.ftruncate(self._file, HEADER_BYTES + self.nbytes)
         finally:
             self.abandon()
         return HEADER_BYTES + self.nbytes

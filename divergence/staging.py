@@ -1,7 +1,8 @@
 """From a device to memory or disk, while the model goes on.
 
-Tensors are copied on a stream of their own into a few page-locked buffers, which threads empty. The
-model's stream waits for nothing; its thread waits only where no buffer is free.
+Tensors are gathered on the device, several to a slot, and a slot is copied on a stream of its own into
+page-locked memory, which threads empty. The model's stream waits for nothing; its thread waits only where
+no slot is free.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from divergence.shards import pieces
@@ -16,14 +18,27 @@ from divergence.shards import pieces
 if TYPE_CHECKING:
     import torch
 
-BUFFER_BYTES = 8 << 20
-"""Size of a buffer: a hidden state of 970 tokens of 2048 channels in fp32 fits into one."""
+SLOT_BYTES = 16 << 20
+"""Most bytes of a slot: key, value and hidden state of 970 tokens of 2048 channels in fp32 fit into one."""
 
-BUFFERS = 8
+SLOTS = 6
 
 WRITERS = 4
-"""Threads that empty buffers: one writes to memory that is new, or to a file, at 2 to 3 GB/s, and a model of
-one layer after another fills buffers as fast."""
+"""Threads that empty slots."""
+
+_ALIGNED = 64
+_FULL = 4
+"""A slot is on its way as soon as a tensor ends beyond this part of it."""
+
+
+class Copying(Protocol):
+    """A copy that was started; a CUDA event is one."""
+
+    def query(self) -> bool:
+        """Whether it is there."""
+
+    def synchronize(self) -> None:
+        """Waits until it is there."""
 
 
 class Copier(Protocol):
@@ -32,12 +47,21 @@ class Copier(Protocol):
     def buffer(self, nbytes: int) -> torch.Tensor:
         """A buffer (`uint8`) on the CPU that `start` can copy into."""
 
-    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
-        """Starts to copy `source` into `buffer`, both flat `uint8` of one size.
+    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Copying:
+        """Starts to copy `source` into `buffer`, both flat `uint8` of one size. Nobody writes into `source`
+        before the copy is there."""
 
-        Returns:
-            What waits until the copy is there. `source` may be written as soon as `start` returns.
-        """
+
+class Receiver(Protocol):
+    """Takes the bytes of a tensor in order, always on the same thread."""
+
+    def expect(self, nbytes: int) -> None:
+        """Told that so many more bytes are on their way, or not told. Memory that nobody has written into
+        yet, and new parts of files, take the system several times as long as what goes into them; this is
+        the time for that."""
+
+    def __call__(self, octets: torch.Tensor) -> None:
+        """Takes the next bytes (flat `uint8` on the CPU), which it must not keep."""
 
 
 class CudaCopier:
@@ -53,30 +77,72 @@ class CudaCopier:
         with torch.inference_mode(mode=False):
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Callable[[], None]:
-        """See `Copier`. The model may write into the source once more: what is copied is a clone, which
-        costs its own stream a copy at the speed of the device's memory."""
+    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Copying:
+        """See `Copier`."""
         import torch
 
         device = source.device
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         side = self._streams[device]
-        with torch.cuda.device(device):
-            kept = source.clone()
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):
-                buffer.copy_(kept, non_blocking=True)
-                kept.record_stream(side)
-                copied = torch.cuda.Event(blocking=True)
-                copied.record(side)
-        return copied.synchronize
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            buffer.copy_(source, non_blocking=True)
+            copied = torch.cuda.Event(blocking=True)
+            copied.record(side)
+        return copied
 
 
-Receiver = Callable[["torch.Tensor"], None]
-"""Takes the next bytes of a tensor (flat `uint8` on the CPU), which it must not keep."""
+@dataclass
+class _Slot:
+    """Page-locked memory, and as much on every device that has sent tensors through it."""
 
-_Task = Callable[[], None]
+    host: torch.Tensor
+    devices: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """Its memory on `device`."""
+        import torch
+
+        if device not in self.devices:
+            self.devices[device] = torch.empty(self.host.numel(), dtype=torch.uint8, device=device)
+        return self.devices[device]
+
+
+@dataclass
+class _Batch:
+    """What goes through a slot at a time.
+
+    Attributes:
+        slot, device: where it is gathered.
+        writer: the thread that it goes to.
+        used: bytes of the slot.
+        parts: where the bytes lie, and who takes them.
+        done: called when all was taken.
+    """
+
+    slot: _Slot
+    device: torch.device
+    writer: int
+    used: int = 0
+    parts: list[tuple[int, int, Receiver]] = field(default_factory=list)
+    done: list[Callable[[], None]] = field(default_factory=list)
+
+    def takes(self, tensor: torch.Tensor, size: int) -> bool:
+        """Whether there is room for a tensor in a slot of `size` bytes."""
+        return tensor.device == self.device and self._start + tensor.numel() * tensor.element_size() <= size
+
+    def gather(self, tensor: torch.Tensor, receive: Receiver) -> None:
+        """Puts a tensor, whatever its strides, into the slot, at the speed of the device's memory."""
+        start = self._start
+        self.used = start + tensor.numel() * tensor.element_size()
+        there = self.slot.on(self.device)[start : self.used]
+        there.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self.parts.append((start, self.used, receive))
+
+    @property
+    def _start(self) -> int:
+        return -(-self.used // _ALIGNED) * _ALIGNED
 
 
 class Staging:
@@ -84,20 +150,22 @@ class Staging:
 
     Args:
         copier: copies from the device.
-        memory: bytes that all buffers together may take; there is at least one.
+        memory: bytes that all slots together may take, here and on each device; there is at least one.
 
     Attributes:
-        allocated: bytes of all buffers.
+        allocated: bytes of all slots.
     """
 
     def __init__(self, copier: Copier, memory: int) -> None:
         self.allocated = 0
         self._copier = copier
-        self._size = max(1, min(BUFFER_BYTES, memory // BUFFERS))
-        self._room = max(1, min(BUFFERS, memory))
-        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._size = max(1, min(SLOT_BYTES, memory // SLOTS))
+        self._room = max(1, min(SLOTS, memory))
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        self._open: _Batch | None = None
+        self._writer = -1
         self._failed: BaseException | None = None
-        self._under_way: tuple[queue.SimpleQueue[_Task | None], ...] = tuple(
+        self._under_way: tuple[queue.SimpleQueue[Callable[[], None] | None], ...] = tuple(
             queue.SimpleQueue() for _ in range(WRITERS)
         )
         self._threads = [
@@ -108,26 +176,33 @@ class Staging:
             thread.start()
 
     def send(
-        self, tensor: torch.Tensor, receive: Receiver, done: Callable[[], None], *, writer: int = 0
+        self,
+        tensor: torch.Tensor,
+        receiver: Callable[[int], Receiver],
+        done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Sends a tensor. Returns when all of it is on its way, which is when the model may go on.
+        """Sends a tensor. The model may go on, and write into it, as soon as this returns.
 
         Args:
             tensor: on the device.
-            receive: given its bytes in order, on a thread.
+            receiver: gives what takes its bytes in order, on the thread of that number, below `WRITERS`; what
+                one thread takes arrives in the order it was sent in.
             done: called afterwards, on that thread.
-            writer: which thread, below `WRITERS`; what one is sent arrives in order.
 
         Raises:
             BaseException: whatever a receiver raised before.
         """
-        under_way = self._under_way[writer]
-        for piece in pieces(tensor, self._size):
-            self._raise()
-            buffer = self._buffer()
-            part = buffer[: piece.numel()]
-            under_way.put(self._task(buffer, part, self._copier.start(piece, part), receive))
-        under_way.put(lambda: done() if self._failed is None else None)
+        self._raise()
+        small = tensor.numel() * tensor.element_size() <= self._size
+        writer: int | None = None
+        for part in (tensor,) if small else pieces(tensor, self._size):
+            batch = self._batch(part, writer)
+            if writer is None:
+                writer, receive = batch.writer, receiver(batch.writer)
+            batch.gather(part, receive)
+        batch.done.append(done)
+        if batch.used * _FULL >= self._size:
+            self._flush()
 
     def close(self) -> None:
         """Waits until everything has been received.
@@ -135,41 +210,67 @@ class Staging:
         Raises:
             BaseException: whatever a receiver raised.
         """
+        self._flush()
         self.abandon()
         self._raise()
 
     def abandon(self) -> None:
-        """`close` without an error."""
+        """`close` without an error; what is not under way yet is not received."""
+        self._open = None
         for thread, tasks in zip(self._threads, self._under_way, strict=True):
             if thread.is_alive():
                 tasks.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _buffer(self) -> torch.Tensor:
+    def _batch(self, part: torch.Tensor, writer: int | None) -> _Batch:
+        """One with room for `part`; that of `writer` if it is not None."""
+        batch = self._open
+        if batch is not None and batch.takes(part, self._size) and writer in (None, batch.writer):
+            return batch
+        self._flush()
+        if writer is None:
+            writer = self._writer = (self._writer + 1) % WRITERS
+        self._open = _Batch(self._slot(), part.device, writer)
+        return self._open
+
+    def _slot(self) -> _Slot:
         if self._free.empty() and self._room:
             self._room -= 1
             self.allocated += self._size
-            return self._copier.buffer(self._size)
+            return _Slot(self._copier.buffer(self._size))
         return self._free.get()
 
-    def _task(self, buffer: torch.Tensor, part: torch.Tensor, wait: _Task, receive: Receiver) -> _Task:
-        def run() -> None:
-            try:
-                wait()
+    def _flush(self) -> None:
+        """Has the batch that is open on its way."""
+        batch, self._open = self._open, None
+        if batch is not None:
+            source, buffer = batch.slot.on(batch.device), batch.slot.host
+            copying = self._copier.start(source[: batch.used], buffer[: batch.used])
+            self._under_way[batch.writer].put(lambda: self._receive(batch, copying))
+
+    def _receive(self, batch: _Batch, copying: Copying) -> None:
+        try:
+            for start, stop, receive in batch.parts:
+                if copying.query() or self._failed is not None:
+                    break
+                receive.expect(stop - start)
+            copying.synchronize()
+            for start, stop, receive in batch.parts:
                 if self._failed is None:
-                    receive(part)
-            finally:
-                self._free.put(buffer)
+                    receive(batch.slot.host[start:stop])
+        finally:
+            self._free.put(batch.slot)
+        if self._failed is None:
+            for done in batch.done:
+                done()
 
-        return run
-
-    def _work(self, tasks: queue.SimpleQueue[_Task | None]) -> None:
+    def _work(self, tasks: queue.SimpleQueue[Callable[[], None] | None]) -> None:
         while (task := tasks.get()) is not None:
             try:
                 task()
             except BaseException as error:
-                # The model's thread is told when it sends the next one; buffers go round until then.
+                # The model's thread is told when it sends the next one; slots go round until then.
                 self._failed = self._failed or error
 
     def _raise(self) -> None:

@@ -194,9 +194,31 @@ def test_an_engine_starts_before_pytorch_is_imported() -> None:
     code = (
         "import sys, divergence.chain, divergence.pairs, divergence.pipeline, divergence.setting\n"
         "import divergence.probes.tensorrt.probe\n"
-        "assert not {'torch', 'tensorrt'} & set(sys.modules)"
+        "assert not {'torch', 'tensorrt', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, timeout=60)
+
+
+@pytest.mark.parametrize("on_a_gpu", [True, False])
+def test_a_process_that_used_a_gpu_ends_once_all_is_written(on_a_gpu: bool) -> None:
+    """Python itself would take models apart first, as it does with `Held` here."""
+    code = f"""
+import atexit, sys, torch
+class Held:
+    def __del__(self): print("taken apart")
+held = Held()
+atexit.register(lambda: print("closed"))
+torch.cuda.is_initialized = lambda: {on_a_gpu}
+sys.argv = ["divergence", "inspect", "missing.onnx"]
+from divergence.cli import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 2
+    assert "missing.onnx" in done.stderr
+    assert done.stdout.split("\n") == (["closed", ""] if on_a_gpu else ["closed", "taken apart", ""])
 
 
 def test_the_public_names_are_there() -> None:

@@ -25,7 +25,7 @@ from divergence.probes.fake import FakeProbe
 from divergence.recording import CaptureWriter
 from divergence.setting import record
 from divergence.sites import HIDDEN_AXES, Site
-from divergence.staging import BUFFERS, Staging
+from divergence.staging import SLOTS, WRITERS, Receiver, Staging
 from tests.models import inputs_for, llama
 from tests.test_pipeline import faulty
 
@@ -212,77 +212,123 @@ def test_sites_without_a_certain_partner_wait(tmp_path: Path) -> None:
         assert not meanwhile._found
 
 
+class SlowCopy:
+    """A copy that is there after it was asked for three times, or waited for."""
+
+    def __init__(self, source: Tensor, buffer: Tensor) -> None:
+        self._sides = buffer, source
+        self._asked = 0
+
+    def query(self) -> bool:
+        self._asked += 1
+        if self._asked == 3:
+            self.synchronize()
+        return self._asked >= 3
+
+    def synchronize(self) -> None:
+        time.sleep(0.001)
+        self._sides[0].copy_(self._sides[1])
+
+
+class Taking:
+    """Takes bytes by a function; what it is told to expect is no more than what comes."""
+
+    def __init__(self, take: Callable[[Tensor], None]) -> None:
+        self._take = take
+        self.expected = 0
+
+    def expect(self, nbytes: int) -> None:
+        self.expected += nbytes
+
+    def __call__(self, octets: Tensor) -> None:
+        self._take(octets)
+
+
 class SlowDevice:
     """A device whose copies are there only when they are waited for: until then the buffer holds rubbish."""
 
     def __init__(self) -> None:
         self.made = 0
-        self.out = 0
-        self.most_out = 0
+        self.started = 0
 
     def buffer(self, nbytes: int) -> Tensor:
         self.made += 1
         return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
 
-    def start(self, source: Tensor, buffer: Tensor) -> Callable[[], None]:
+    def start(self, source: Tensor, buffer: Tensor) -> SlowCopy:
         assert source.shape == buffer.shape
-        kept = source.clone()
+        self.started += 1
         buffer.fill_(0xCD)
-        self.out += 1
-        self.most_out = max(self.most_out, self.out)
-
-        def wait() -> None:
-            time.sleep(0.001)
-            buffer.copy_(kept)
-            self.out -= 1
-
-        return wait
+        return SlowCopy(source, buffer)
 
 
-@pytest.mark.parametrize("memory", [1, 100, 1 << 20])
+@pytest.mark.parametrize("memory", [1, 100, 2000, 1 << 20])
 def test_tensors_of_a_device_arrive_whole_and_in_order(memory: int) -> None:
     device = SlowDevice()
     staging = Staging(device, memory)
     generator = torch.Generator().manual_seed(0)
-    sent = [torch.randn(1, 5, 7, generator=generator).transpose(1, 2) for _ in range(20)]
-    received: dict[int, list[Tensor]] = {number: [] for number in range(20)}
+    shapes = [(1, 5, 7), (3,), (0, 4), (), (2, 60, 3), (1, 1, 1)] * 4
+    dtypes = [torch.float32, torch.bfloat16, torch.int8]
+    sent = [
+        torch.randn(shape, generator=generator).to(dtypes[i % 3]).transpose(0, -1)
+        if len(shape) > 1
+        else torch.randn(shape, generator=generator).to(dtypes[i % 3])
+        for i, shape in enumerate(shapes)
+    ]
+    received: dict[int, list[Tensor]] = {number: [] for number in range(len(sent))}
+    order: dict[int, list[int]] = {writer: [] for writer in range(WRITERS)}
     finished: list[int] = []
+    taking: list[Taking] = []
+
+    def receiver(writer: int, number: int) -> Receiver:
+        def receive(part: Tensor) -> None:
+            order[writer].append(number)
+            received[number].append(part.clone())
+
+        taking.append(Taking(receive))
+        return taking[-1]
+
     for number, tensor in enumerate(sent):
         kept = tensor.clone()
         staging.send(
             kept,
-            lambda part, number=number: received[number].append(part.clone()),  # type: ignore[misc]
+            lambda writer, number=number: receiver(writer, number),  # type: ignore[misc]
             lambda number=number: finished.append(number),  # type: ignore[misc]
         )
         kept.zero_()  # the model writes into it as soon as `send` returns
     staging.close()
-    assert finished == list(range(20))
+    assert sorted(finished) == list(range(len(sent)))
     for number, tensor in enumerate(sent):
-        flat = torch.cat(received[number]).view(torch.float32)
-        assert torch.equal(flat, tensor.contiguous().reshape(-1))
-    assert device.made <= BUFFERS
+        flat = torch.cat(received[number]).view(tensor.dtype)
+        assert torch.equal(flat, tensor.contiguous().reshape(-1)), number
+    assert all(numbers == sorted(numbers) for numbers in order.values())
+    assert sum(t.expected for t in taking) > 0
+    assert all(t.expected <= tensor.nbytes for t, tensor in zip(taking, sent, strict=True))
+    assert device.made <= SLOTS
     assert staging.allocated <= max(memory, 1)
+    if memory == 1 << 20:
+        assert device.started == 1, "small tensors go together"
 
 
-def test_the_sender_waits_for_a_buffer_only() -> None:
+def test_the_sender_waits_for_a_slot_only() -> None:
     device = SlowDevice()
-    staging = Staging(device, 1 << 20)
+    staging = Staging(device, 16 * SLOTS)
     go_on = threading.Event()
 
     def slow(_: Tensor) -> None:
         assert go_on.wait(10)
 
-    for _ in range(BUFFERS):
-        staging.send(torch.zeros(4), slow, lambda: None)  # returns though nothing was received yet
-    assert device.made == BUFFERS
-    waiting = threading.Thread(target=staging.send, args=(torch.zeros(4), slow, lambda: None))
+    for _ in range(SLOTS):
+        staging.send(torch.zeros(4), lambda _: Taking(slow))  # returns though nothing was received yet
+    assert device.made == SLOTS
+    waiting = threading.Thread(target=staging.send, args=(torch.zeros(4), lambda _: Taking(slow)))
     waiting.start()
     waiting.join(0.05)
-    assert waiting.is_alive(), "there were more buffers than are allowed"
+    assert waiting.is_alive(), "there were more slots than are allowed"
     go_on.set()
     waiting.join()
     staging.close()
-    assert device.made == BUFFERS
+    assert device.made == SLOTS
 
 
 def test_what_a_receiver_raises_is_told_to_the_sender_and_nothing_hangs() -> None:
@@ -293,7 +339,7 @@ def test_what_a_receiver_raises_is_told_to_the_sender_and_nothing_hangs() -> Non
     done: list[int] = []
     with pytest.raises(OSError, match="No space left"):
         for _ in range(100):
-            staging.send(torch.zeros(64), broken, lambda: done.append(1))
+            staging.send(torch.zeros(64), lambda _: Taking(broken), lambda: done.append(1))
     with pytest.raises(OSError, match="No space left"):
         staging.close()
     assert not done

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnxscript import optimizer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -198,6 +197,8 @@ def export(model: Stack, given: dict[str, Tensor], path: Path) -> Path:
     Of the exporter's own optimisation only the folding of small constants is run, which TensorRT's parser
     needs (axes must be initializers); TensorRT repeats the rest, and on 2 G parameters it takes minutes.
     """
+    from onnxscript import optimizer  # takes seconds, and who only runs the stack needs it not
+
     device = next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     moved = {n: t.to(device, dtype if t.is_floating_point() else None) for n, t in given.items()}

@@ -6,14 +6,35 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from divergence.comparison.metrics import Metrics
     from divergence.comparison.views import Values
 
-__all__ = ["compare_tensors"]
+__all__ = ["compare_tensors", "on_device"]
+
+BROUGHT = 256 << 20
+"""Most bytes of a tensor that is brought to a device to be compared there."""
+
+_device: torch.device | None = None
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Has tensors of the host compared on a CUDA device for the duration, as far as they fit: where a model
+    runs on one anyway, nobody need wait two seconds for the library that compares on the CPU."""
+    global _device  # noqa: PLW0603 - threads compare too
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
 
 
 def compare_tensors(
@@ -22,8 +43,9 @@ def compare_tensors(
     """Compares a candidate tensor with its reference, exactly and in one pass.
 
     Two tensors on one CUDA device are compared there, with Triton, and nothing but results is copied to the
-    host. Where there is no Triton, and for what its kernel does not read (several head axes that are not one
-    in memory), the CPU compares copies, a box at a time. The sums of both agree to a relative 1e-12.
+    host; tensors of the host are brought there within `on_device`. Where there is no Triton, and for what
+    its kernel does not read (several head axes that are not one in memory), the CPU compares copies, a box
+    at a time. The sums of both agree to a relative 1e-12.
 
     Args:
         ref: the reference: a torch tensor or numpy array of real numbers, on any device, of any
@@ -46,9 +68,35 @@ def compare_tensors(
         from divergence.comparison import gpu
 
         return gpu.compare(ref, cand, axes=axes, mask=mask)
+    if _device is not None:
+        compared = _compared_there(_device, ref, cand, axes, mask)
+        if compared is not None:
+            return compared
     from divergence.comparison import cpu
 
     return cpu.compare(ref, cand, axes=axes, mask=mask)
+
+
+def _compared_there(
+    device: torch.device, ref: Values, cand: Values, axes: tuple[str, ...], mask: Values | None
+) -> Metrics | None:
+    """As `compare_tensors`, on `device`; None for what is not brought there."""
+    import torch
+
+    from divergence.shards import release
+
+    sides = [side for side in (ref, cand) if isinstance(side, torch.Tensor)]
+    if len(sides) < 2 or any(side.is_cuda or side.nbytes > BROUGHT for side in sides):
+        return None
+    try:
+        there = [side.to(device) for side in sides]
+        for side in sides:
+            release(side)
+        if _on_one_gpu(*there):
+            return compare_tensors(*there, axes=axes, mask=mask)
+    except torch.OutOfMemoryError:  # models and engines have taken it all
+        pass
+    return None
 
 
 def _on_one_gpu(ref: Values, cand: Values) -> bool:

@@ -10,7 +10,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16, TABLE, SIGNED, UNSIGNED = (tl.constexpr(i) 
 
 EXPONENTS = tl.constexpr(2048)
 
-PLANES = tl.constexpr(14)
+PLANES = tl.constexpr(15)
 """Digits of a thread's counters."""
 
 MOST_COUNTED = (1 << PLANES.value) - 1

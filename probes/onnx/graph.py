@@ -9,27 +9,28 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, numpy_helper
 
 from divergence.probes.onnx.scopes import node_scopes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 Shape = tuple[int | str, ...]
 
+# Numbers of element types, which the format fixes: who reads an engine need not wait for onnx.
 FLOATS: Mapping[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.DOUBLE: "float64",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-    TensorProto.FLOAT8E4M3FN: "float8_e4m3fn",
-    TensorProto.FLOAT8E4M3FNUZ: "float8_e4m3fnuz",
-    TensorProto.FLOAT8E5M2: "float8_e5m2",
-    TensorProto.FLOAT8E5M2FNUZ: "float8_e5m2fnuz",
+    1: "float32",
+    11: "float64",
+    10: "float16",
+    16: "bfloat16",
+    17: "float8_e4m3fn",
+    18: "float8_e4m3fnuz",
+    19: "float8_e5m2",
+    20: "float8_e5m2fnuz",
 }
-_OTHERS: Mapping[int, str] = {TensorProto.BOOL: "bool", TensorProto.STRING: "string"}
+_OTHERS: Mapping[int, str] = {9: "bool", 8: "string"}
+_EXTERNAL = 1
 
 # What only says something about shapes or scales: results of these on such are scalars too.
 _SCALAR_OPS = frozenset(
@@ -44,6 +45,8 @@ def dtype_name(element: int) -> str:
         return FLOATS[element]
     if element in _OTHERS:
         return _OTHERS[element]
+    import onnx
+
     return onnx.helper.tensor_dtype_to_string(element).rsplit(".", 1)[-1].lower() if element else ""
 
 
@@ -83,7 +86,9 @@ class Graph:
 
     @cached_property
     def _infos(self) -> dict[str, tuple[int, Shape | None]]:
-        model = ModelProto()
+        import onnx
+
+        model = onnx.ModelProto()
         model.CopyFrom(self.model)
         for info in model.graph.input:
             if info.name in self._shapes:
@@ -156,6 +161,8 @@ class Graph:
 
     def constant(self, value: str) -> NDArray[np.generic] | None:
         """The contents of a constant, if they are in the graph."""
+        import onnx
+
         tensor = self.initializers.get(value)
         if tensor is None:
             index = self.producer(value)
@@ -165,9 +172,9 @@ class Graph:
             if not attribute.HasField("t"):
                 return np.asarray(onnx.helper.get_attribute_value(attribute))
             tensor = attribute.t
-        if tensor.data_location == TensorProto.EXTERNAL:
+        if tensor.data_location == _EXTERNAL:
             return None
-        return np.asarray(numpy_helper.to_array(tensor))
+        return np.asarray(onnx.numpy_helper.to_array(tensor))
 
     def is_scalar(self, value: str, depth: int = _DEEP) -> bool:
         """Whether `value` is a single number that does not depend on what the inputs hold."""
@@ -190,6 +197,8 @@ class Graph:
 
 def attribute(node: NodeProto, name: str, default: object = None) -> object:
     """The value of the attribute `name` of `node`."""
+    import onnx
+
     for item in node.attribute:
         if item.name == name:
             return onnx.helper.get_attribute_value(item)

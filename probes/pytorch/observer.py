@@ -203,12 +203,13 @@ class LayerObserver:
         if record is not None:
             record.output = with_first_tensor(output, None)
             record.device_out = hidden.device
-        site = current.site
-        if self._detail:
-            self._emit_detail(current)
-        self._emit_keys(current, args, kwargs, batch=hidden.shape[0])
         axes = HIDDEN_AXES if hidden.dim() == 3 else HIDDEN_AXES[-hidden.dim() :] if hidden.dim() == 2 else ()
-        self._sink(Observation(site, hidden, axes, "output of the layer"))
+        # What is done with tensors that were seen is not the model's doing: no mode shall see or change it.
+        with torch._C.DisableTorchFunction():  # noqa: SLF001 - it has no other name
+            if self._detail:
+                self._emit_detail(current)
+            self._emit_keys(current, args, kwargs, batch=hidden.shape[0])
+            self._sink(Observation(current.site, hidden, axes, "output of the layer"))
 
     def _emit_keys(
         self, current: _Current, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch: int

@@ -115,9 +115,14 @@ class PyTorchProbe:
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @property
+    def device(self) -> torch.device:
+        """Where the module's inputs belong."""
+        return device_of(self.model)
+
+    @property
     def on_cuda(self) -> bool:
         """Whether the module runs on a CUDA device."""
-        return device_of(self.model).type == "cuda"
+        return self.device.type == "cuda"
 
     def release(self) -> bool:
         """Lets go of the module until it is asked for again. Returns whether it could."""
@@ -167,13 +172,14 @@ class PyTorchProbe:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
         digests: list[Callable[[], str]] = []
+        written = [torch.cuda.current_stream(d).record_event() for d in _cuda_devices(self.model)]
         order, outputs, notes = self.observe(
             inputs,
             sink,
             detail=detail,
             progress=progress,
             record=record,
-            ran=lambda: digests.append(fingerprint_started(named_weights(self.model))),
+            ran=lambda: digests.append(fingerprint_started(named_weights(self.model), written)),
         )
         # While a device is still at work.
         precision = coarsest(dtype_name(p.dtype) for p in self.model.parameters())
@@ -235,6 +241,9 @@ class PyTorchProbe:
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
         ran()
+        leaves = dict(output_leaves(outputs))
+        for name, tensor in leaves.items():
+            sink(Observation(Site.output(name), tensor, (), "output of the model"))
         if record:
             self.calls = observer.calls
         if not observer.order:
@@ -243,11 +252,7 @@ class PyTorchProbe:
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        leaves = dict(output_leaves(outputs))
-        notes = own.replace(leaves)
-        for name, tensor in leaves.items():
-            sink(Observation(Site.output(name), tensor, (), "output of the model"))
-        return tuple(observer.order), tuple(leaves), notes
+        return tuple(observer.order), tuple(leaves), own.replace(leaves)
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names."""
@@ -335,6 +340,10 @@ class _OwnKeys:
                     "which differs from what reaches attention"
                 )
         return tuple(notes)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return list(dict.fromkeys(p.device for p in model.parameters() if p.is_cuda))
 
 
 Digest = tuple[Tensor, Tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,13 +57,9 @@ def _search(module: nn.Module, path: str) -> Iterator[tuple[str, tuple[nn.Module
 
 def _listed(module: nn.Module) -> tuple[nn.Module, ...]:
     layers = tuple(module.children())
-    if not layers or not all(_is_composite(layer) for layer in layers):
-        return ()
-    if isinstance(module, nn.ModuleList):
-        return layers
-    if isinstance(module, nn.Sequential) and len(layers) > 1 and len({type(x) for x in layers}) == 1:
-        return layers
-    return ()
+    alike = len(layers) > 1 and len({type(x) for x in layers}) == 1
+    may_be = isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and alike)
+    return layers if may_be and all(_is_composite(layer) for layer in layers) else ()
 
 
 def _numbered(module: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
@@ -82,4 +79,5 @@ def _numbered(module: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
 
 def _is_composite(module: nn.Module) -> bool:
     """Whether `module` is more than a single operator: two modules in it own parameters."""
-    return sum(any(True for _ in inner.parameters(recurse=False)) for inner in module.modules()) >= 2
+    owners = (1 for inner in module.modules() if next(inner.parameters(recurse=False), None) is not None)
+    return sum(itertools.islice(owners, 2)) == 2

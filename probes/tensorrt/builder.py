@@ -56,7 +56,8 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     Args:
         request: `model`, `out`, `plain` (file or None), `values` (names to make visible), `look`
-            (`outputs`, `debug`, `none`), `copied` (of the values, those that debug tensors show in a copy),
+            (`outputs`, `debug`, `none`), `copied` (of the values, those that debug tensors show in a copy on
+            the way to one of their readers),
             `precision`, `level`, `workspace_mib`, `timing_cache`,
             `version_compatible`, `profiles` (by input: lists of min, opt, max shapes, one a profile),
             `plugins`.
@@ -126,28 +127,49 @@ def _make_visible(
 ) -> list[str]:
     """Marks `values` as outputs or debug tensors; returns those that the network does not have.
 
-    Of the debug tensors, those in `copied` are seen in a copy that nothing else reads: TensorRT 10.6 dies of
-    hidden states, which several layers read, that are debug tensors themselves.
+    Of the debug tensors, those in `copied` are seen in a copy that one of their readers reads in their place:
+    TensorRT 10.6 dies of hidden states, which several layers read, that are debug tensors themselves, and
+    leaves out a copy that nothing reads.
     """
     wanted = set(values)
     have = {network.get_output(i).name for i in range(network.num_outputs)}
     wanted -= have
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        for at in range(layer.num_outputs):
-            tensor = layer.get_output(at)
-            if tensor is None or tensor.name not in wanted:
-                continue
-            wanted.discard(tensor.name)
-            if look == "outputs":
-                network.mark_output(tensor)
-                continue
-            if tensor.name in copied:
-                name, tensor.name = tensor.name, f"{tensor.name} (copied)"
-                tensor = network.add_identity(tensor).get_output(0)
-                tensor.name = name
+    found = [
+        tensor
+        for layer in map(network.get_layer, range(network.num_layers))
+        for tensor in map(layer.get_output, range(layer.num_outputs))
+        if tensor is not None and tensor.name in wanted
+    ]
+    readers = _readers(network) if look == "debug" else {}
+    for tensor in found:
+        wanted.discard(tensor.name)
+        if look == "outputs":
+            network.mark_output(tensor)
+        elif tensor.name in copied and tensor.name in readers:
+            network.mark_debug(_copied(network, tensor, *readers[tensor.name]))
+        else:
             network.mark_debug(tensor)
     return sorted(wanted)
+
+
+def _readers(network: trt.INetworkDefinition) -> dict[str, tuple[trt.ILayer, int]]:
+    """The first reader of each tensor: a layer, and which of its inputs."""
+    found: dict[str, tuple[trt.ILayer, int]] = {}
+    for layer in map(network.get_layer, range(network.num_layers)):
+        for at in range(layer.num_inputs):
+            tensor = layer.get_input(at)
+            if tensor is not None:
+                found.setdefault(tensor.name, (layer, at))
+    return found
+
+
+def _copied(network: trt.INetworkDefinition, tensor: trt.ITensor, reader: trt.ILayer, at: int) -> trt.ITensor:
+    """A copy of `tensor` under its name, which `reader` reads in its place."""
+    name, tensor.name = tensor.name, f"{tensor.name} (copied)"
+    copy = network.add_identity(tensor).get_output(0)
+    copy.name = name
+    reader.set_input(at, copy)
+    return copy
 
 
 def _config(

@@ -55,7 +55,7 @@ def run(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
         listener = _listen(host)
         progress("running the engine", 0, 0)
         first = cycle(host, NAN_BYTE)
-        debug = dict(listener.tensors) if listener else {}
+        debug = _heard(listener)
         varying: dict[str, int] = {}
         for index in range(1, max(2, request.get("runs", 2))):
             second = cycle(host, OTHER_BYTE if index == 1 else NAN_BYTE)
@@ -160,6 +160,14 @@ def _listen(host: Host) -> DebugTensors | None:
     if not host.context.set_debug_listener(listener):
         return None
     return listener if host.context.set_all_tensors_debug_state(flag=True) else None
+
+
+def _heard(listener: DebugTensors | None) -> dict[str, torch.Tensor]:
+    if listener is None:
+        return {}
+    if listener.failed is not None:
+        raise listener.failed
+    return dict(listener.tensors)
 
 
 def _latency(host: Host) -> float:

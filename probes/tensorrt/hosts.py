@@ -282,11 +282,17 @@ class PycudaHost(Host):
 
 
 class DebugTensors(trt.IDebugListener):  # type: ignore[misc]  # ships no types
-    """Copies debug tensors to the host as the engine makes them."""
+    """Copies debug tensors to the host as the engine makes them.
+
+    Attributes:
+        tensors: the last of each, by name.
+        failed: what went wrong, which TensorRT itself prints and forgets.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.tensors: dict[str, torch.Tensor] = {}
+        self.failed: Exception | None = None
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._pointer = ctypes.pythonapi.PyCapsule_GetPointer
         self._pointer.restype = ctypes.c_void_p
@@ -301,13 +307,29 @@ class DebugTensors(trt.IDebugListener):  # type: ignore[misc]  # ships no types
         name: str,
         stream: int,
     ) -> bool:
-        """Called by TensorRT; `addr` is a capsule around the device address."""
-        dtype = DTYPES.get(type)
+        """Called by TensorRT. `addr` is the address: in TensorRT 10.6 a number, though its documents tell of
+        a capsule."""
+        try:
+            self._keep(addr, location, DTYPES.get(type), tuple(shape), name, stream)
+        except Exception as error:
+            self.failed = error
+            return False
+        return True
+
+    def _keep(
+        self,
+        addr: Any,
+        location: Any,
+        dtype: torch.dtype | None,
+        shape: tuple[int, ...],
+        name: str,
+        stream: int,
+    ) -> None:
         if dtype is None:
-            return True
-        slot = Slot(name, is_input=False, dtype=dtype, shape=tuple(shape), on_host=False)
+            return
+        slot = Slot(name, is_input=False, dtype=dtype, shape=shape, on_host=False)
         raw = torch.empty(slot.nbytes, dtype=torch.uint8)
-        source = ctypes.c_void_p(self._pointer(addr, None))
+        source = ctypes.c_void_p(addr if isinstance(addr, int) else self._pointer(addr, None))
         self._driver.cuStreamSynchronize(ctypes.c_void_p(stream))
         if location == trt.TensorLocation.DEVICE:
             self._driver.cuMemcpyDtoH_v2(
@@ -316,4 +338,3 @@ class DebugTensors(trt.IDebugListener):  # type: ignore[misc]  # ships no types
         else:
             ctypes.memmove(raw.data_ptr(), source.value or 0, slot.nbytes)
         self.tensors[name] = raw.view(dtype).reshape(slot.shape)
-        return True

@@ -318,6 +318,9 @@ class TensorRTProbe:
         notes = list(facts.get("notes", ()))
         if self.sidecar is not None:
             notes.extend(w for w in self.sidecar.warnings if w.startswith("Value "))
+        if self.sidecar is not None and self.sidecar.look == "debug" and "debug" in facts:
+            missing = [o.site for o in self.sidecar.outputs if o.name not in facts["debug"]]
+            notes.extend(f"The engine did not hand out the debug tensor of {site}." for site in missing)
         for name, count in facts.get("unwritten", {}).items():
             notes.append(
                 f"The engine never wrote {count} elements of its tensor {name}: they still hold the poison."

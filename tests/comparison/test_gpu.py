@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from divergence import comparison
 from divergence.comparison import compare_tensors, cpu
 from divergence.comparison.metrics import Metrics, reference_metrics
 from divergence.errors import AlignmentError
@@ -238,6 +239,35 @@ def test_the_gpu_compares_what_lies_there(monkeypatch: pytest.MonkeyPatch) -> No
     found = compare_tensors(ref.cuda(), cand.cuda())
     monkeypatch.undo()
     assert_true(found, reference_metrics(ref, cand))
+
+
+@pytest.mark.gpu
+def test_tensors_of_the_host_are_brought_to_the_gpu_while_a_model_runs_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ref, cand = noisy(2, 970, 256)
+    mask = torch.arange(970) < torch.tensor([[970], [900]])
+    expected = reference_metrics(ref, cand, mask=mask)
+    with comparison.on_device(DEVICE):
+        with monkeypatch.context() as without:
+            without.setattr(cpu, "compare", None)
+            assert_true(compare_tensors(ref, cand, mask=mask), expected)
+        with monkeypatch.context() as small:
+            small.setattr(comparison, "BROUGHT", 1000)
+            small.setattr(gpu, "compare", None)
+            assert_true(compare_tensors(ref, cand, mask=mask), expected)
+        with monkeypatch.context() as full:
+            full.setattr(gpu, "compare", _out_of_memory)
+            assert_true(compare_tensors(ref, cand, mask=mask), expected)
+        with pytest.raises(AlignmentError, match="shape"):
+            compare_tensors(ref, cand[:, 1:])
+    with monkeypatch.context() as afterwards:
+        afterwards.setattr(gpu, "compare", None)
+        assert_true(compare_tensors(ref, cand, mask=mask), expected)
+
+
+def _out_of_memory(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError
 
 
 @pytest.mark.gpu

@@ -208,3 +208,25 @@ def test_two_runs_and_two_probes_agree(exports: dict[str, Path]) -> None:
         assert torch.equal(seen.tensor, second[site].tensor)
         assert close(seen.tensor, third[site].tensor)
     assert {"layers.1.query", "layers.1.attention", "layers.1.mlp"} <= set(third)
+
+
+def test_numbers_of_element_types_are_those_of_the_format() -> None:
+    from divergence.probes.onnx import graph
+
+    names = {
+        getattr(onnx.TensorProto, name): dtype
+        for name, dtype in {
+            "FLOAT": "float32",
+            "DOUBLE": "float64",
+            "FLOAT16": "float16",
+            "BFLOAT16": "bfloat16",
+            "FLOAT8E4M3FN": "float8_e4m3fn",
+            "FLOAT8E4M3FNUZ": "float8_e4m3fnuz",
+            "FLOAT8E5M2": "float8_e5m2",
+            "FLOAT8E5M2FNUZ": "float8_e5m2fnuz",
+        }.items()
+    }
+    assert names == graph.FLOATS
+    assert {onnx.TensorProto.BOOL: "bool", onnx.TensorProto.STRING: "string"} == graph._OTHERS
+    assert onnx.TensorProto.EXTERNAL == graph._EXTERNAL
+    assert graph.dtype_name(onnx.TensorProto.INT64) == "int64"

@@ -99,6 +99,18 @@ def test_what_the_engine_never_wrote_and_what_varies_is_named(tmp_path: Path) ->
     assert seen.details["stream_hazard"]["hazard"]
 
 
+def test_debug_tensors_that_the_engine_did_not_hand_out_are_named(tmp_path: Path) -> None:
+    plan = write_engine(tmp_path)
+    sidecar = dataclasses.replace(load_sidecar(plan), look="debug")  # type: ignore[type-var] # it is there
+    sidecar.save(plan)
+    names = {str(o.site): o.name for o in sidecar.outputs}
+    shown = [name for site, name in names.items() if site != "layers.2.hidden"]
+    _, facts = run(TensorRTProbe(plan, runner=StandIn(tmp_path, facts={"debug": shown})))
+    assert [n for n in facts.notes if "debug tensor" in n] == [
+        "The engine did not hand out the debug tensor of layers.2.hidden."
+    ]
+
+
 def test_hazards_become_evidence(tmp_path: Path) -> None:
     hazard = {"trial": "late inputs", "outputs": {"logits": 12}, "claim": "the engine does not wait"}
     made = probe(tmp_path, options=EngineOptions(hazards=True), facts={"hazards": [hazard]})
