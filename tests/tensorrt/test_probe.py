@@ -101,7 +101,9 @@ def test_what_the_engine_never_wrote_and_what_varies_is_named(tmp_path: Path) ->
 
 def test_debug_tensors_that_the_engine_did_not_hand_out_are_named(tmp_path: Path) -> None:
     plan = write_engine(tmp_path)
-    sidecar = dataclasses.replace(load_sidecar(plan), look="debug")  # type: ignore[type-var] # it is there
+    written = load_sidecar(plan)
+    assert written is not None
+    sidecar = dataclasses.replace(written, look="debug")
     sidecar.save(plan)
     names = {str(o.site): o.name for o in sidecar.outputs}
     shown = [name for site, name in names.items() if site != "layers.2.hidden"]
