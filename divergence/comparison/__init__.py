@@ -86,11 +86,12 @@ def _compared_there(
     from divergence.shards import release
 
     sides = [side for side in (ref, cand) if isinstance(side, torch.Tensor)]
-    if len(sides) < 2 or any(side.is_cuda or side.nbytes > BROUGHT for side in sides):
+    away = [side for side in sides if side.device != device]
+    if len(sides) < 2 or any(not side.is_cpu or side.nbytes > BROUGHT for side in away):
         return None
     try:
         there = [side.to(device) for side in sides]
-        for side in sides:
+        for side in away:
             release(side)
         if _on_one_gpu(*there):
             return compare_tensors(*there, axes=axes, mask=mask)

@@ -104,7 +104,7 @@ class Plan:
         most = _Most(
             rows=max(tiling.rows, for_rows // strips),
             blocks=max(1, for_columns // columns),
-            depth=kernel.MOST_COUNTED // tiling.run // tiling.rows * tiling.rows,
+            depth=kernel.most_counted(tiling.bits) // tiling.run // tiling.rows * tiling.rows,
         )
         blocks, depth = _share(matrix.rows, strips, tiling, most, _resident(matrix.device, tiling))
         step = depth * blocks

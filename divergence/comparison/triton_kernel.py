@@ -275,14 +275,14 @@ def _scan(
                     largest = tl.maximum(largest, high)
             err2, ref2, cand2, dot = new_err2, new_ref2, new_cand2, new_dot
             sums = sums + (row_err2, row_ref2, row_cand2, row_dot)
-            planes, carry = count(planes, words, 0, LOG)
+            planes, carry = count(planes, words, 0, LOG, BITS)
             carries = carries + (carry,)
             if CAREFUL:
                 column_dropped = new_dropped
                 lost = tl.sum(row_dropped).to(tl.int64)
                 tl.atomic_add(dropped[0] + row // groups[0], lost, mask=lost > 0, sem="relaxed")
-        planes, carry = count(planes, carries, LOG, LOG_BR)
-        planes = carry_over(planes, carry, LOG + LOG_BR)
+        planes, carry = count(planes, carries, LOG, LOG_BR, BITS)
+        planes = carry_over(planes, carry, LOG + LOG_BR, BITS)
         store_rows(sums, by_row, start, strip[1], NT, BR, NATIVE and not CAREFUL)
         if AS_FLOAT:
             largest = (largest.to(tl.int32, bitcast=True) << 1).to(tl.uint32, bitcast=True)

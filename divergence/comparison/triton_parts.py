@@ -10,11 +10,9 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16, TABLE, SIGNED, UNSIGNED = (tl.constexpr(i) 
 
 EXPONENTS = tl.constexpr(2048)
 
-PLANES = tl.constexpr(15)
-"""Digits of a thread's counters."""
-
-MOST_COUNTED = (1 << PLANES.value) - 1
-"""Elements that a thread may go over."""
+PLANES_32, PLANES_64 = tl.constexpr(15), tl.constexpr(14)
+"""Digits of a thread's counters, by the bits of the words that errors are counted in. One more of 32 bits saves
+launches, one more of 64 costs more registers than that."""
 
 FLOATS, INTEGERS = tl.constexpr(8), tl.constexpr(4)
 """Figures of a program: sum and maximum of |c - r|, range of either side, maximum of |c - r| at padded tokens;
@@ -22,6 +20,12 @@ place of the maximum in canonical order, non-finite values of either side, wheth
 
 MISCOUNTED = tl.constexpr(2)
 """Of a program whose errors span too many powers of two."""
+
+
+def most_counted(bits: int) -> int:
+    """Elements that a thread may go over."""
+    planes = PLANES_64 if bits == 64 else PLANES_32
+    return int((1 << planes.value) - 1)
 
 
 def _sums_over_lanes(values: int) -> str:
@@ -104,7 +108,7 @@ def together(parts, LOG: tl.constexpr):
 
 
 @triton.jit
-def count(planes, words, FROM: tl.constexpr, LOG: tl.constexpr):
+def count(planes, words, FROM: tl.constexpr, LOG: tl.constexpr, BITS: tl.constexpr):
     """Adds 2^LOG words, bits of weight 2^FROM: new planes, and what is carried over, of weight 2^(FROM + LOG)."""
     for level in tl.static_range(LOG):
         digit = planes[FROM + level]
@@ -114,17 +118,17 @@ def count(planes, words, FROM: tl.constexpr, LOG: tl.constexpr):
             carries = carries + (carry,)
         words = carries
         changed = ()
-        for p in tl.static_range(PLANES):
+        for p in tl.static_range(PLANES_64 if BITS == 64 else PLANES_32):
             changed = changed + (digit if p == FROM + level else planes[p],)
         planes = changed
     return planes, words[0]
 
 
 @triton.jit
-def carry_over(planes, carry, FROM: tl.constexpr):
+def carry_over(planes, carry, FROM: tl.constexpr, BITS: tl.constexpr):
     """Adds one word, bits of weight 2^FROM."""
     changed = ()
-    for p in tl.static_range(PLANES):
+    for p in tl.static_range(PLANES_64 if BITS == 64 else PLANES_32):
         if p < FROM:
             changed = changed + (planes[p],)
         else:
@@ -136,7 +140,7 @@ def carry_over(planes, carry, FROM: tl.constexpr):
 @triton.jit
 def zeros(M: tl.constexpr, BITS: tl.constexpr):
     planes = ()
-    for _ in tl.static_range(PLANES):
+    for _ in tl.static_range(PLANES_64 if BITS == 64 else PLANES_32):
         planes = planes + (tl.zeros((M,), tl.int64 if BITS == 64 else tl.int32),)
     return planes
 
@@ -274,7 +278,7 @@ def tally(planes, top, histogram, BITS: tl.constexpr):
     for start in range(0, BITS, 8):
         bits = start + tl.arange(0, 8)
         counts = tl.zeros((planes[0].shape[0], 8), tl.int32)
-        for p in tl.static_range(PLANES):
+        for p in tl.static_range(PLANES_64 if BITS == 64 else PLANES_32):
             digits = (planes[p][:, None] >> bits[None, :].to(planes[p].dtype)) & 1
             counts += digits.to(tl.int32) << p
         total = tl.sum(counts, axis=0).to(tl.int64)

@@ -221,7 +221,7 @@ def _request(
         "out": str(out),
         "plain": str(plain) if plain else None,
         "values": list(dict.fromkeys(f.value for f in visible)),
-        "copied": list(dict.fromkeys(f.value for f in visible if f.site.tensor == "hidden")),
+        "widely_read": list(dict.fromkeys(f.value for f in visible if f.site.tensor == "hidden")),
         "look": options.look,
         "precision": options.precision,
         "level": options.level,

@@ -56,8 +56,7 @@ def build(request: dict[str, Any], progress: Progress) -> dict[str, Any]:
 
     Args:
         request: `model`, `out`, `plain` (file or None), `values` (names to make visible), `look`
-            (`outputs`, `debug`, `none`), `copied` (of the values, those that debug tensors show in a copy on
-            the way to one of their readers),
+            (`outputs`, `debug`, `none`), `widely_read` (of the values, those that become outputs either way),
             `precision`, `level`, `workspace_mib`, `timing_cache`,
             `version_compatible`, `profiles` (by input: lists of min, opt, max shapes, one a profile),
             `plugins`.
@@ -99,7 +98,7 @@ def _build_one(
     if not parser.parse_from_file(model):
         reasons = "; ".join(_parser_errors(parser)) or "; ".join(logger.errors) or "no reason given"
         raise SourceError(f"{model}: TensorRT's parser refuses the model ({' '.join(reasons.split())[:400]})")
-    lost = _make_visible(network, values, request["look"], request["copied"])
+    lost = _make_visible(network, values, request["look"], request["widely_read"])
     config = _config(builder, network, request)
     config.progress_monitor = _Monitor(out.name, progress)
     cache = _timing_cache(config, request.get("timing_cache"))
@@ -123,53 +122,27 @@ def _parser_errors(parser: trt.OnnxParser) -> Iterator[str]:
 
 
 def _make_visible(
-    network: trt.INetworkDefinition, values: Sequence[str], look: str, copied: Sequence[str] = ()
+    network: trt.INetworkDefinition, values: Sequence[str], look: str, widely_read: Sequence[str] = ()
 ) -> list[str]:
     """Marks `values` as outputs or debug tensors; returns those that the network does not have.
 
-    Of the debug tensors, those in `copied` are seen in a copy that one of their readers reads in their place:
-    TensorRT 10.6 dies of hidden states, which several layers read, that are debug tensors themselves, and
-    leaves out a copy that nothing reads.
+    Those that are `widely_read`, as hidden states are by several layers, become outputs either way: marked as
+    debug tensors they, and copies of them that one reader reads, crash TensorRT 10.6's builder, and a copy
+    that nothing reads it leaves out.
     """
     wanted = set(values)
     have = {network.get_output(i).name for i in range(network.num_outputs)}
     wanted -= have
-    found = [
-        tensor
-        for layer in map(network.get_layer, range(network.num_layers))
-        for tensor in map(layer.get_output, range(layer.num_outputs))
-        if tensor is not None and tensor.name in wanted
-    ]
-    readers = _readers(network) if look == "debug" else {}
-    for tensor in found:
-        wanted.discard(tensor.name)
-        if look == "outputs":
-            network.mark_output(tensor)
-        elif tensor.name in copied and tensor.name in readers:
-            network.mark_debug(_copied(network, tensor, *readers[tensor.name]))
-        else:
-            network.mark_debug(tensor)
-    return sorted(wanted)
-
-
-def _readers(network: trt.INetworkDefinition) -> dict[str, tuple[trt.ILayer, int]]:
-    """The first reader of each tensor: a layer, and which of its inputs."""
-    found: dict[str, tuple[trt.ILayer, int]] = {}
     for layer in map(network.get_layer, range(network.num_layers)):
-        for at in range(layer.num_inputs):
-            tensor = layer.get_input(at)
-            if tensor is not None:
-                found.setdefault(tensor.name, (layer, at))
-    return found
-
-
-def _copied(network: trt.INetworkDefinition, tensor: trt.ITensor, reader: trt.ILayer, at: int) -> trt.ITensor:
-    """A copy of `tensor` under its name, which `reader` reads in its place."""
-    name, tensor.name = tensor.name, f"{tensor.name} (copied)"
-    copy = network.add_identity(tensor).get_output(0)
-    copy.name = name
-    reader.set_input(at, copy)
-    return copy
+        for tensor in map(layer.get_output, range(layer.num_outputs)):
+            if tensor is None or tensor.name not in wanted:
+                continue
+            wanted.discard(tensor.name)
+            if look == "outputs" or tensor.name in widely_read:
+                network.mark_output(tensor)
+            else:
+                network.mark_debug(tensor)
+    return sorted(wanted)
 
 
 def _config(

@@ -319,7 +319,8 @@ class TensorRTProbe:
         if self.sidecar is not None:
             notes.extend(w for w in self.sidecar.warnings if w.startswith("Value "))
         if self.sidecar is not None and self.sidecar.look == "debug" and "debug" in facts:
-            missing = [o.site for o in self.sidecar.outputs if o.name not in facts["debug"]]
+            shown = {*facts["debug"], *(io["name"] for io in facts["io"])}
+            missing = [o.site for o in self.sidecar.outputs if o.name not in shown]
             notes.extend(f"The engine did not hand out the debug tensor of {site}." for site in missing)
         for name, count in facts.get("unwritten", {}).items():
             notes.append(

@@ -107,7 +107,7 @@ def test_debug_tensors_that_the_engine_did_not_hand_out_are_named(tmp_path: Path
     sidecar.save(plan)
     names = {str(o.site): o.name for o in sidecar.outputs}
     shown = [name for site, name in names.items() if site != "layers.2.hidden"]
-    _, facts = run(TensorRTProbe(plan, runner=StandIn(tmp_path, facts={"debug": shown})))
+    _, facts = run(TensorRTProbe(plan, runner=StandIn(tmp_path, facts={"debug": shown, "io": []})))
     assert [n for n in facts.notes if "debug tensor" in n] == [
         "The engine did not hand out the debug tensor of layers.2.hidden."
     ]
