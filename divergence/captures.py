@@ -222,10 +222,11 @@ def fingerprint_started(
         for stream, event in zip(streams, after, strict=True):
             stream.wait_event(event)
             beside.enter_context(torch.cuda.stream(stream))
+        beside.enter_context(torch.inference_mode())  # views of parameters cost half without gradients
         for name, tensor in named:
             header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
             empty = not tensor.numel() or tensor.device.type == "meta"
-            digested.append((header, [] if empty else _digests(tensor.detach())))
+            digested.append((header, [] if empty else _digests(tensor)))
         parts = _brought_together(digested)
     return functools.partial(_fetched, digested, parts, streams)
 
@@ -271,7 +272,8 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What of the contents of a tensor enters its model's digest, some of it as views."""
     import torch
 
-    flat = tensor.reshape(-1).contiguous()
+    flat = tensor.reshape(-1)
+    flat = flat if flat.is_contiguous() else flat.contiguous()
     sampled = flat[:: -(-flat.numel() // 64)]
     # Integers, which any device can put together.
     parts = [sampled.clone().view(torch.int64) if flat.itemsize > WORD else sampled.view(_integers(flat))]

@@ -251,10 +251,9 @@ class Staging:
 
     def _receive(self, batch: _Batch, copying: Copying) -> None:
         try:
-            for start, stop, receive in batch.parts:
-                if copying.query() or self._failed is not None:
-                    break
-                receive.expect(stop - start)
+            if self._failed is None and not copying.query():
+                for start, stop, receive in batch.parts:
+                    receive.expect(stop - start)
             copying.synchronize()
             for start, stop, receive in batch.parts:
                 if self._failed is None:

@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import threading
 import urllib.parse
-import urllib.request
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +47,8 @@ def located(location: str | os.PathLike[str]) -> Path | str:
     if not isinstance(location, str) or "://" not in location:
         return Path(location)
     if location.startswith(("file://", "local://")):
+        import urllib.request  # a tenth of a second, for URLs of files alone
+
         return Path(urllib.request.url2pathname(urllib.parse.urlparse(location).path))
     return location
 

@@ -229,8 +229,7 @@ class TensorRTProbe:
 
     def _call(self, job: str, request: Mapping[str, Any], progress: Progress = silent) -> dict[str, Any]:
         self.start(host=request.get("host"))
-        if self._verified is not None:
-            self._verified.result()
+        self._verify()
         runner = self._given or self._worker
         assert runner is not None
         try:
@@ -244,8 +243,7 @@ class TensorRTProbe:
         its part of the device's memory, is done."""
         assert self._worker is not None
         try:
-            if self._verified is not None:
-                self._verified.result()
+            self._verify()
             facts = self._worker.fetch(about=str(self.path), progress=progress)
         except SourceError:
             if self._worker.alive:
@@ -256,6 +254,11 @@ class TensorRTProbe:
             self.close()
             raise
         return {**facts, **self._call(LATENCY, {})}
+
+    def _verify(self) -> None:
+        """Waits until the plan is known to be the one that its sidecar describes."""
+        if self._verified is not None:
+            self._verified.result()
 
     def _request(self) -> dict[str, Any]:
         return {

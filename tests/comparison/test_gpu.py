@@ -15,10 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from divergence import comparison
+from divergence import comparison, demo
 from divergence.comparison import compare_tensors, cpu
 from divergence.comparison.metrics import Metrics, reference_metrics
+from divergence.config import Config
 from divergence.errors import AlignmentError
+from divergence.pipeline import compare as judged
 from tests.comparison.patterns import BYTES, INTEGERS, reads_every_byte, reads_extremes
 from tests.comparison.test_kernel import assert_same_bits, noisy
 from tests.comparison.test_properties import assert_same
@@ -290,3 +292,16 @@ def test_memory_beside_the_tensors_stays_under_64_mib(shape: tuple[int, ...]) ->
     before = torch.cuda.memory_allocated()
     compare_tensors(ref, ref)
     assert torch.cuda.max_memory_allocated() - before < 64 << 20
+
+
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_is_judged_without_the_kernel_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captures lie in host memory, floors and replayed layers on the device: all are compared there."""
+    faulty = demo.load().cuda()
+    with torch.no_grad():
+        faulty.layers[1].self_attn.v_proj.weight.mul_(1.02)  # type: ignore[union-attr,operator]
+    monkeypatch.setattr(cpu, "compare", None)
+    result = judged(demo.load().cuda(), faulty, demo.inputs(tokens=24), precision="bf16", config=Config())
+    assert result.verdict == "fail"
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == "layers.1.value"
