@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import shutil
 import threading
 from pathlib import Path
@@ -151,7 +150,7 @@ class Filling:
         """See `divergence.staging.Receiver`."""
         start = max(self._expected, self._filled)
         self._expected = start + nbytes
-        self._octets[start : self._expected : mmap.PAGESIZE] = 0
+        self._octets[start : self._expected] = 0
 
     def __call__(self, octets: torch.Tensor) -> None:
         """See `divergence.staging.Receiver`."""

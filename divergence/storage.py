@@ -15,7 +15,6 @@ import os
 import shutil
 import tempfile
 import threading
-import urllib.parse
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -47,9 +46,11 @@ def located(location: str | os.PathLike[str]) -> Path | str:
     if not isinstance(location, str) or "://" not in location:
         return Path(location)
     if location.startswith(("file://", "local://")):
-        import urllib.request  # a tenth of a second, for URLs of files alone
+        # A tenth of a second, for URLs of files alone.
+        from urllib.parse import urlparse
+        from urllib.request import url2pathname
 
-        return Path(urllib.request.url2pathname(urllib.parse.urlparse(location).path))
+        return Path(url2pathname(urlparse(location).path))
     return location
 
 
