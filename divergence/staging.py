@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,9 +47,11 @@ class Copier(Protocol):
     def buffer(self, nbytes: int) -> torch.Tensor:
         """A buffer (`uint8`) on the CPU that `start` can copy into."""
 
-    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Copying:
-        """Starts to copy `source` into `buffer`, both flat `uint8` of one size. Nobody writes into `source`
-        before the copy is there."""
+    def start(
+        self, source: torch.Tensor, buffer: torch.Tensor, streams: Iterable[torch.cuda.Stream]
+    ) -> Copying:
+        """Starts to copy `source` into `buffer`, both flat `uint8` of one size, once what `streams` have to
+        do by now is done. Nobody writes into `source` before the copy is there."""
 
 
 class Receiver(Protocol):
@@ -77,7 +79,9 @@ class CudaCopier:
         with torch.inference_mode(mode=False):
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
-    def start(self, source: torch.Tensor, buffer: torch.Tensor) -> Copying:
+    def start(
+        self, source: torch.Tensor, buffer: torch.Tensor, streams: Iterable[torch.cuda.Stream]
+    ) -> Copying:
         """See `Copier`."""
         import torch
 
@@ -85,7 +89,8 @@ class CudaCopier:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         side = self._streams[device]
-        side.wait_stream(torch.cuda.current_stream(device))
+        for stream in streams:
+            side.wait_stream(stream)
         with torch.cuda.stream(side):
             buffer.copy_(source, non_blocking=True)
             copied = torch.cuda.Event(blocking=True)
@@ -117,6 +122,7 @@ class _Batch:
         slot, device: where it is gathered.
         writer: the thread that it goes to.
         used: bytes of the slot.
+        streams: those on which it was gathered; a model may use several.
         parts: where the bytes lie, and who takes them.
         done: called when all was taken.
     """
@@ -125,6 +131,7 @@ class _Batch:
     device: torch.device
     writer: int
     used: int = 0
+    streams: set[torch.cuda.Stream] = field(default_factory=set)
     parts: list[tuple[int, int, Receiver]] = field(default_factory=list)
     done: list[Callable[[], None]] = field(default_factory=list)
 
@@ -134,6 +141,10 @@ class _Batch:
 
     def gather(self, tensor: torch.Tensor, receive: Receiver) -> None:
         """Puts a tensor, whatever its strides, into the slot, at the speed of the device's memory."""
+        import torch
+
+        if tensor.is_cuda:
+            self.streams.add(torch.cuda.current_stream(tensor.device))
         start = self._start
         self.used = start + tensor.numel() * tensor.element_size()
         there = self.slot.on(self.device)[start : self.used]
@@ -246,7 +257,7 @@ class Staging:
         batch, self._open = self._open, None
         if batch is not None:
             source, buffer = batch.slot.on(batch.device), batch.slot.host
-            copying = self._copier.start(source[: batch.used], buffer[: batch.used])
+            copying = self._copier.start(source[: batch.used], buffer[: batch.used], batch.streams)
             self._under_way[batch.writer].put(lambda: self._receive(batch, copying))
 
     def _receive(self, batch: _Batch, copying: Copying) -> None:

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -254,8 +254,9 @@ class SlowDevice:
         self.made += 1
         return torch.full((nbytes,), 0xAB, dtype=torch.uint8)
 
-    def start(self, source: Tensor, buffer: Tensor) -> SlowCopy:
+    def start(self, source: Tensor, buffer: Tensor, streams: Iterable[torch.cuda.Stream]) -> SlowCopy:
         assert source.shape == buffer.shape
+        assert not list(streams)
         self.started += 1
         buffer.fill_(0xCD)
         return SlowCopy(source, buffer, self.started)
@@ -440,6 +441,24 @@ def test_tensors_of_a_real_device_arrive_though_the_model_writes_into_them_at_on
         assert found.dtype == tensor.dtype
         assert torch.equal(found.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
         assert not found.is_inference()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("memory", [None, 1 << 30])
+def test_tensors_of_several_streams_go_together(tmp_path: Path, memory: int | None) -> None:
+    streams = [torch.cuda.Stream(), torch.cuda.current_stream()]
+    kept = []
+    with CaptureWriter(tmp_path / "c", budget=None if memory is None else Budget(memory)) as writer:
+        for layer in range(8):
+            with torch.cuda.stream(streams[layer % 2]):
+                if layer % 2 == 0:
+                    torch.cuda._sleep(100_000_000)  # the other stream is long past this one
+                kept.append(torch.full((1, 10, 10), float(layer), device="cuda"))
+                writer(Observation(Site(layer, "hidden"), kept[-1], HIDDEN_AXES, "given"))
+        capture = writer.close(FACTS, "digest")
+    for layer, site in enumerate(capture.sites):
+        assert torch.equal(capture.tensor(site), torch.full((1, 10, 10), float(layer))), layer
 
 
 @pytest.mark.gpu
