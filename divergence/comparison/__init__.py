@@ -86,11 +86,14 @@ def _compared_there(
     from divergence.shards import release
 
     sides = [side for side in (ref, cand) if isinstance(side, torch.Tensor)]
-    away = [side for side in sides if side.device != device]
+    away = [side for side in sides if side.device.type != device.type]
     if len(sides) < 2 or any(not side.is_cpu or side.nbytes > BROUGHT for side in away):
         return None
+    if find_spec("triton") is None:
+        return None
     try:
-        there = [side.to(device) for side in sides]
+        lying = next((side.device for side in sides if side.device.type == device.type), device)
+        there = [side.to(lying) for side in sides]
         for side in away:
             release(side)
         if _on_one_gpu(*there):
