@@ -2,7 +2,8 @@
 
 Rows are measured in turn, so that a busy machine slows all of them alike. The budget: 3 times the time of
 reading both with the same threads, for half-precision tensors of as many bytes 4.5 times; 64 MiB beside them.
-Polygraphy is measured where it is installed (the extra `bench`).
+A bare loop of seven figures shows what compiled code takes that finds less. Polygraphy is measured where it
+is installed (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.support.bare_loop import bare
 from benchmarks.support.measure import count_peak_anew, held, seconds
 from divergence.comparison import compare_tensors
 
@@ -54,6 +56,7 @@ def large() -> None:
     compare_tensors(ref, cand)
     extra = held("VmHWM") - before
     jobs: dict[str, Callable[[], Any]] = {"torch.sum of both, float32": lambda: (ref.sum(), cand.sum())}
+    jobs["a loop of seven figures"] = bare(ref, cand)
     for name, (one, other) in tensors.items():
         jobs[f"compare, {name}"] = lambda one=one, other=other: compare_tensors(one, other)  # type: ignore[misc]
     taken: dict[str, list[float]] = {name: [] for name in jobs}

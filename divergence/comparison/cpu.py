@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,14 @@ if TYPE_CHECKING:
     from divergence.comparison.views import Values
 
 BOX = 1 << 20
-"""Elements in a box: about a millisecond of work, against which handing it to a thread is nothing."""
+"""Elements in a box: about a millisecond of work, of which a tenth is spent around the kernel."""
+
+LARGE_BOX, MANY = 1 << 22, 1 << 24
+"""Elements in a box of tensors that have more than so many."""
+
+TOGETHER = 8
+"""Most boxes that a thread is handed at a time: handing over wakes the thread that adds results up, and with
+as many threads as cores that takes a core from one of them."""
 
 UNDER_WAY = 32 << 20
 """Most bytes that the results of boxes under way may take."""
@@ -59,20 +67,21 @@ def compare(
     *,
     axes: tuple[str, ...] = (),
     mask: Values | None = None,
-    box: int = BOX,
+    box: int | None = None,
     entries: int = PROFILE_ENTRIES,
     threads: int | None = None,
 ) -> Metrics:
     """Compares two tensors or arrays in one pass.
 
-    Args and raises: as `divergence.comparison.compare_tensors`; `box` as `BOX`, `entries` as
-    `metrics.PROFILE_ENTRIES`; `threads` is torch's number by default.
+    Args and raises: as `divergence.comparison.compare_tensors`; `box` is `BOX` or `LARGE_BOX`
+    by default, `entries` as `metrics.PROFILE_ENTRIES`; `threads` is torch's number by default.
     """
     given = operands(ref, cand, axes, mask)
     for tensor in (given.ref, given.cand):
         _kind(tensor.dtype)
     total = _Total(given, entries)
     threads = threads or torch.get_num_threads()
+    box = box or (BOX if given.ref.numel() <= MANY else LARGE_BOX)
     for found in _results(total, list(_boxes(given, box)), threads):
         total.add(found)
     return assemble(total.scan(), arrange(given.form, total.token.sums, total.head.sums, total.channel.sums))
@@ -128,6 +137,7 @@ class _Total:
         self.counts = np.zeros(loops.COUNTS, np.int64)
         self.worst_at: tuple[int, ...] = ()
         self.same_dtype = given.ref.dtype == given.cand.dtype
+        self._own = threading.local()
 
     def starts(self, box: _Box) -> tuple[int, int, int]:
         """Where a box starts on the flattened token, head and channel axes."""
@@ -148,12 +158,20 @@ class _Total:
         )
         results.counts[loops.DIFFERENT] = not self.same_dtype
         sizes = (batch, heads, tokens, channels)
-        work = np.zeros(kernel.work_size(sizes, channel_pool))
+        work = self._cleared(kernel.work_size(sizes, channel_pool))
         part = Box(_side(ref), _side(cand), self._mask(box), sizes, token_pool, head_pool, channel_pool)
         kernel.scan(part, work, results)
         for tensor in (box.ref, box.cand):
             release(tensor)
         return _Found(box, results)
+
+    def _cleared(self, size: int) -> Floats:
+        """Zeros to work in, of this thread: fresh memory for every box costs more than clearing it."""
+        work: Floats | None = getattr(self._own, "work", None)
+        if work is None or len(work) != size:
+            work = self._own.work = np.empty(size)
+        work.fill(0)
+        return work
 
     def most_under_way(self, box: _Box, most: int) -> int:
         """How many results like that of `box` may be held."""
@@ -218,14 +236,20 @@ def _results(total: _Total, boxes: list[_Box], threads: int) -> Iterator[_Found]
     if threads == 1 or len(boxes) == 1:
         yield from map(total.scan_box, boxes)
         return
-    under_way: deque[Future[_Found]] = deque()
+    most = total.most_under_way(boxes[0], 2 * threads * TOGETHER)
+    together = max(1, min(TOGETHER, most // (2 * threads), len(boxes) // (2 * threads)))
+    under_way: deque[Future[list[_Found]]] = deque()
+
+    def scan(start: int) -> list[_Found]:
+        return [total.scan_box(box) for box in boxes[start : start + together]]
+
     with ThreadPoolExecutor(min(threads, len(boxes))) as pool:
-        for box in boxes:
-            under_way.append(pool.submit(total.scan_box, box))
-            if len(under_way) >= total.most_under_way(box, 2 * threads):
-                yield under_way.popleft().result()
+        for start in range(0, len(boxes), together):
+            under_way.append(pool.submit(scan, start))
+            if len(under_way) * together >= min(most, 2 * threads * together):
+                yield from under_way.popleft().result()
         while under_way:
-            yield under_way.popleft().result()
+            yield from under_way.popleft().result()
 
 
 def _boxes(given: Operands, limit: int) -> Iterator[_Box]:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence.comparison import compare_tensors, kernel, loops
+from divergence.comparison import compare_tensors, cpu, kernel, loops
 from divergence.comparison.cpu import compare
 from divergence.comparison.metrics import Metrics, reference_metrics
 from divergence.errors import AlignmentError
@@ -129,6 +129,23 @@ def test_boxes_change_rounding_only() -> None:
         other = compare(ref, cand, box=box)
         assert_same(other, truth)
         assert other.mse == pytest.approx(truth.mse, rel=ORDER)
+
+
+def test_larger_tensors_have_larger_boxes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ref, cand = noisy(1, 300, 64)
+    monkeypatch.setattr(cpu, "BOX", 1 << 10)
+    monkeypatch.setattr(cpu, "LARGE_BOX", 1 << 12)
+    assert_same_bits(compare(ref, cand), compare(ref, cand, box=1 << 10))
+    monkeypatch.setattr(cpu, "MANY", ref.numel() - 1)
+    assert_same_bits(compare(ref, cand), compare(ref, cand, box=1 << 12))
+
+
+@pytest.mark.parametrize("under_way", [1, 1 << 12, 1 << 30])
+def test_how_many_boxes_are_under_way_changes_no_bit(monkeypatch: pytest.MonkeyPatch, under_way: int) -> None:
+    ref, cand = noisy(2, 3, 300, 64)
+    one = compare(ref, cand, box=1 << 10, threads=1)
+    monkeypatch.setattr(cpu, "UNDER_WAY", under_way)
+    assert_same_bits(compare(ref, cand, box=1 << 10, threads=3), one)
 
 
 def test_several_threads_may_compare_at_once() -> None:
