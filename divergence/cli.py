@@ -244,7 +244,8 @@ def inspect(
     type=click.Choice(["outputs", "debug", "none"]),
     default="outputs",
     show_default=True,
-    help="How sites are made visible: as outputs, as debug tensors (which spare fusions), or not.",
+    help="How sites are made visible: as outputs, keys and values as debug tensors (which spare fusions), "
+    "or not.",
 )
 @click.option(
     "--plain/--no-plain", default=True, show_default=True, help="Also the engine without added outputs."

@@ -38,8 +38,8 @@ class BuildOptions:
     Attributes:
         precision: types that TensorRT may choose from; `typed` takes those of the ONNX model
             (a strongly typed network). `fp8` and `int8` need a quantised model.
-        look: how sites are made visible: `outputs` (real outputs), `debug` (debug tensors, where an
-            output would break a fusion), or `none`.
+        look: how sites are made visible: `outputs` (real outputs), `debug` (keys and values as debug tensors,
+            where an output would break a fusion), or `none`.
         plain: also build the engine without added outputs, for the observer check.
         level: builder optimisation level, 0 to 5, or None for TensorRT's default.
         workspace_mib: memory that tactics may use, or None for all there is.
