@@ -90,7 +90,8 @@ def prepared(
             keep=keep is not None,
         )
         begin(early, setting.inputs)
-        probe = open_source(ref, config)
+        with one_core_spared(early):
+            probe = open_source(ref, config)
         pytorch = as_pytorch(probe)
         on_cuda = pytorch is not None and pytorch.on_cuda
         with contextlib.ExitStack() as comparing:
