@@ -172,7 +172,9 @@ class PyTorchProbe:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
         digests: list[Callable[[], str]] = []
-        written = [torch.cuda.current_stream(d).record_event() for d in _cuda_devices(self.model)]
+        parameters = list(self.model.parameters())
+        devices = dict.fromkeys(p.device for p in parameters if p.is_cuda)
+        written = [torch.cuda.current_stream(device).record_event() for device in devices]
         order, outputs, notes = self.observe(
             inputs,
             sink,
@@ -182,11 +184,11 @@ class PyTorchProbe:
             ran=lambda: digests.append(fingerprint_started(named_weights(self.model), written)),
         )
         # While a device is still at work.
-        precision = coarsest(dtype_name(p.dtype) for p in self.model.parameters())
+        precision = coarsest(dtype_name(p.dtype) for p in parameters)
         details = {
             "model": type(self.model).__name__,
             "device": ", ".join(devices_of(self.model)) or "cpu",
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": sum(p.numel() for p in parameters),
             "layers": {stack.path: len(stack.layers) for stack in self.stacks},
         }
         self._digest = digests[0]()
@@ -340,10 +342,6 @@ class _OwnKeys:
                     "which differs from what reaches attention"
                 )
         return tuple(notes)
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return list(dict.fromkeys(p.device for p in model.parameters() if p.is_cuda))
 
 
 Digest = tuple[Tensor, Tensor]
