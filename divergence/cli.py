@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import shlex
 import sys
@@ -54,8 +55,9 @@ def _leave(status: int, *, whole_process: bool) -> NoReturn:
     torch = sys.modules.get("torch")
     if whole_process and torch is not None and torch.cuda.is_initialized() and "ray" not in sys.modules:
         atexit._run_exitfuncs()  # noqa: SLF001 - temporary folders, threads that still write
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # whoever read it has gone
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 
