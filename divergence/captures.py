@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from divergence.errors import CaptureError, ConfigurationError, one_line
+from divergence.precision import integers_of
 from divergence.probes import RunFacts
 from divergence.shards import Shard, Span
 from divergence.sites import Site
@@ -272,11 +273,12 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
     """What of the contents of a tensor enters its model's digest, some of it as views."""
     import torch
 
-    flat = tensor.reshape(-1)
-    flat = flat if flat.is_contiguous() else flat.contiguous()
+    flat = tensor.reshape(-1).contiguous()
     sampled = flat[:: -(-flat.numel() // 64)]
+    if flat.itemsize > WORD or not tensor.is_contiguous():
+        sampled = sampled.clone()  # a view would keep a copy of the whole tensor
     # Integers, which any device can put together.
-    parts = [sampled.clone().view(torch.int64) if flat.itemsize > WORD else sampled.view(_integers(flat))]
+    parts = [sampled.view(integers_of(min(flat.itemsize, WORD)))]
     if not any(count * flat.itemsize % WORD for count in (flat.numel(), flat.storage_offset())):
         words = flat.view(torch.int64)
     else:
@@ -284,13 +286,7 @@ def _digests(tensor: torch.Tensor) -> list[torch.Tensor]:
         if octets.storage_offset() % WORD:  # cannot be seen as words in place
             octets = octets.clone()
         words = octets[: octets.numel() // WORD * WORD].view(torch.int64)
-        parts.insert(0, octets[words.numel() * WORD :])
+        parts.insert(0, octets[words.numel() * WORD :].clone())
     if words.numel():
         parts.append(torch.hash_tensor(words).view(torch.int64).reshape(1))
     return [part for part in parts if part.numel()]
-
-
-def _integers(tensor: torch.Tensor) -> torch.dtype:
-    import torch
-
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]

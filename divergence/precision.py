@@ -67,6 +67,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return found
 
 
+def integers_of(nbytes: int) -> torch.dtype:
+    """The signed integers of 1, 2, 4 or 8 bytes: what sees the bits of any dtype of that size in place."""
+    import torch
+
+    return {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[nbytes]
+
+
 def coarsest(dtypes: Iterable[str]) -> str | None:
     """The coarsest precision among dtype names, or None if none of them is floating or int8."""
     found = {_DTYPE_PRECISION[d] for d in dtypes if d in _DTYPE_PRECISION}

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from divergence import captures
 from divergence.captures import MANIFEST, PARTIAL, Capture, fingerprint, open_capture
 from divergence.errors import CaptureError
 from divergence.probes import Observation, RunFacts
@@ -403,6 +404,15 @@ def test_fingerprint_changes_with_name_shape_dtype_and_permutation() -> None:
         fingerprint([("w", weights), ("b", torch.zeros(0))]),
     }
     assert len(found) == 6
+
+
+@pytest.mark.parametrize("size", [1000, 1001])
+def test_fingerprint_keeps_no_copy_of_weights_that_it_had_to_make(size: int) -> None:
+    """Those of all would be a second model."""
+    weights = torch.zeros(size * size, dtype=torch.bfloat16).view(size, size)
+    own = weights.untyped_storage()
+    for part in captures._digests(weights.t()) + captures._digests(weights[:, 1:]):
+        assert part.untyped_storage().data_ptr() == own.data_ptr() or part.untyped_storage().nbytes() < 1000
 
 
 def test_fingerprint_of_views_and_of_weights_without_storage() -> None:
