@@ -93,11 +93,11 @@ def prepared(
         with one_core_spared(early):
             probe = open_source(ref, config)
         pytorch = as_pytorch(probe)
-        on_cuda = pytorch is not None and pytorch.on_cuda
+        gpu = pytorch.device if pytorch is not None and pytorch.on_cuda else None
         with contextlib.ExitStack() as comparing:
-            comparing.enter_context(comparison_loading("cuda" if on_cuda else "cpu"))
-            if pytorch is not None and on_cuda:
-                comparing.enter_context(on_device(pytorch.device))
+            comparing.enter_context(comparison_loading("cpu" if gpu is None else "cuda"))
+            if gpu is not None:
+                comparing.enter_context(on_device(gpu))
             with one_core_spared(early):
                 reference = prepare(probe, setting)
             yield setting, reference

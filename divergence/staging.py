@@ -137,7 +137,7 @@ class _Batch:
 
     def takes(self, tensor: torch.Tensor, size: int) -> bool:
         """Whether there is room for a tensor in a slot of `size` bytes."""
-        return tensor.device == self.device and self._start + tensor.numel() * tensor.element_size() <= size
+        return tensor.device == self.device and self._start + tensor.nbytes <= size
 
     def gather(self, tensor: torch.Tensor, receive: Receiver) -> None:
         """Puts a tensor, whatever its strides, into the slot, at the speed of the device's memory."""
@@ -146,7 +146,7 @@ class _Batch:
         if tensor.is_cuda:
             self.streams.add(torch.cuda.current_stream(tensor.device))
         start = self._start
-        self.used = start + tensor.numel() * tensor.element_size()
+        self.used = start + tensor.nbytes
         there = self.slot.on(self.device)[start : self.used]
         there.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.parts.append((start, self.used, receive))
@@ -204,7 +204,7 @@ class Staging:
             BaseException: whatever a receiver raised before.
         """
         self._raise()
-        small = tensor.numel() * tensor.element_size() <= self._size
+        small = tensor.nbytes <= self._size
         writer: int | None = None
         for part in (tensor,) if small else pieces(tensor, self._size):
             batch = self._batch(part, writer)

@@ -30,7 +30,7 @@ def on_device(device: torch.device) -> Iterator[None]:
     """Has tensors of the host compared on a CUDA device for the duration, as far as they fit: where a model
     runs on one anyway, nobody need wait two seconds for the library that compares on the CPU."""
     global _device  # noqa: PLW0603 - threads compare too
-    before, _device = _device, device
+    before, _device = _device, device if _has_triton() else None
     try:
         yield
     finally:
@@ -83,31 +83,31 @@ def _compared_there(
     """As `compare_tensors`, on `device`; None for what is not brought there."""
     import torch
 
+    from divergence.comparison import gpu
     from divergence.shards import release
 
-    sides = [side for side in (ref, cand) if isinstance(side, torch.Tensor)]
-    away = [side for side in sides if side.device.type != device.type]
-    if len(sides) < 2 or any(not side.is_cpu or side.nbytes > BROUGHT for side in away):
+    if not (isinstance(ref, torch.Tensor) and isinstance(cand, torch.Tensor)):
         return None
-    if find_spec("triton") is None:
+    away = [side for side in (ref, cand) if not side.is_cuda]
+    if any(not side.is_cpu or side.nbytes > BROUGHT for side in away):
         return None
+    lying = ref.device if ref.is_cuda else cand.device if cand.is_cuda else device
     try:
-        lying = next((side.device for side in sides if side.device.type == device.type), device)
-        there = [side.to(lying) for side in sides]
+        there = ref.to(lying), cand.to(lying)
         for side in away:
             release(side)
-        if _on_one_gpu(*there):
-            return compare_tensors(*there, axes=axes, mask=mask)
+        return gpu.compare(*there, axes=axes, mask=mask)
     except torch.OutOfMemoryError:  # models and engines have taken it all
-        pass
-    return None
+        return None
 
 
 def _on_one_gpu(ref: Values, cand: Values) -> bool:
     """Whether both are tensors on one CUDA device, and there is Triton to compare them there."""
     device = getattr(ref, "device", None)
     return (
-        getattr(device, "type", "cpu") == "cuda"
-        and device == getattr(cand, "device", None)
-        and find_spec("triton") is not None
+        getattr(device, "type", "cpu") == "cuda" and device == getattr(cand, "device", None) and _has_triton()
     )
+
+
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

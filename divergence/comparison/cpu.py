@@ -246,7 +246,7 @@ def _results(total: _Total, boxes: list[_Box], threads: int) -> Iterator[_Found]
     with ThreadPoolExecutor(min(threads, len(boxes))) as pool:
         for start in range(0, len(boxes), together):
             under_way.append(pool.submit(scan, start))
-            if len(under_way) * together >= min(most, 2 * threads * together):
+            if len(under_way) >= min(most, 2 * threads):
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()

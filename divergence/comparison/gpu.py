@@ -17,11 +17,12 @@ import numpy as np
 import torch
 
 from divergence.comparison import triton_parts as kernel
-from divergence.comparison.matrix import INTEGER, Matrix, pair_of, stored, table
+from divergence.comparison.matrix import Matrix, pair_of, stored, table
 from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
 from divergence.comparison.tiling import COLUMN_BYTES, ROW_BYTES, Launch, Plan, Tiling, suitable
 from divergence.comparison.triton_kernel import compare as compare_matrices
 from divergence.comparison.views import operands
+from divergence.precision import integers_of
 
 if TYPE_CHECKING:
     from divergence.comparison.views import Values
@@ -189,7 +190,11 @@ class Results:
         sides: list[Any] = []
         for side in self.matrix.sides:
             steps = (step // unit for step in self.matrix.steps(side))
-            sides += [side.view(INTEGER[side.element_size()]), *steps, table(side.dtype, self.matrix.device)]
+            sides += [
+                side.view(integers_of(side.element_size())),
+                *steps,
+                table(side.dtype, self.matrix.device),
+            ]
         return sides
 
     def _part(self, launch: Launch) -> tuple[int, ...]:

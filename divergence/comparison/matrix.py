@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 LONGEST = (1 << 31) - (1 << 20)
 """Rows and columns that can be numbered in int32, with room for those that are cut off."""
 
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""What the kernel is given, by bytes of an element."""
-
 FLOATS = {
     torch.float32: int(kernel.FLOAT32.value),
     torch.float64: int(kernel.FLOAT64.value),

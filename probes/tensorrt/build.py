@@ -100,7 +100,7 @@ def build_engine(
         except SourceError as error:
             if worker.alive or options.look != "debug":
                 raise
-            # TensorRT 10.6 was seen to die of hidden states that were debug tensors.
+            # TensorRT 10.6 was seen to die of some debug tensors.
             raise SourceError(f"{error}; or make the sites visible otherwise (--look outputs)") from error
     lost = set(result["lost"])
     plain = Path(request["plain"]) if request["plain"] else None

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 import torch
 
+from divergence.precision import integers_of
+
 NAN_BYTE = 0xFF
 """Every float of all-one bytes is NaN, in fp32, fp16, bf16 and fp8 (e4m3 and e5m2)."""
 
 OTHER_BYTE = 0xA5
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def differences(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -45,7 +45,7 @@ def unwritten(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tens
 
 def _words(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of `tensor` as integers of the same bits: one number each, to compare at once."""
-    return tensor.contiguous().reshape(-1).view(_INTEGERS[tensor.itemsize])
+    return tensor.contiguous().reshape(-1).view(integers_of(tensor.itemsize))
 
 
 def _word(byte: int, size: int) -> int:

@@ -245,12 +245,9 @@ class TensorRTProbe:
         try:
             self._verify()
             facts = self._worker.fetch(about=str(self.path), progress=progress)
-        except SourceError:
-            if self._worker.alive:
+        except DivergenceError as error:
+            if isinstance(error, SourceError) and self._worker.alive:
                 return self._call(RUN, request, progress)
-            self.close()
-            raise
-        except DivergenceError:
             self.close()
             raise
         return {**facts, **self._call(LATENCY, {})}
@@ -321,10 +318,10 @@ class TensorRTProbe:
         notes = list(facts.get("notes", ()))
         if self.sidecar is not None:
             notes.extend(w for w in self.sidecar.warnings if w.startswith("Value "))
-        if self.sidecar is not None and self.sidecar.look == "debug" and "debug" in facts:
-            shown = {*facts["debug"], *(io["name"] for io in facts["io"])}
-            missing = [o.site for o in self.sidecar.outputs if o.name not in shown]
-            notes.extend(f"The engine did not hand out the debug tensor of {site}." for site in missing)
+            if self.sidecar.look == "debug" and "debug" in facts:
+                shown = {*facts["debug"], *(io["name"] for io in facts["io"])}
+                missing = [o.site for o in self.sidecar.outputs if o.name not in shown]
+                notes.extend(f"The engine did not hand out the debug tensor of {site}." for site in missing)
         for name, count in facts.get("unwritten", {}).items():
             notes.append(
                 f"The engine never wrote {count} elements of its tensor {name}: they still hold the poison."
