@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from divergence.chain import labels_of, short, unanswered
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError, one_line
+from divergence.interrupts import remembered
 from divergence.pairs_result import PairResult, Pairs
 from divergence.pipeline import Job, timed
 from divergence.prepared import prepared
@@ -121,13 +122,14 @@ def compare_pairs(
 
         answers = answers_of(ray, work, given, gpus, environment, progress)
     found: dict[tuple[int, int], PairResult] = {}
-    with contextlib.closing(answers):
+    with contextlib.closing(answers), remembered() as raise_if_interrupted:
         for sample, cand, comparison in answers:
             number = f"{sample * len(cands) + cand + 1:0{len(str(total))}}"
             folder = f"{number}-{file_name(f'{labels[cand]}-{sample_labels[sample]}')}"
             pair = PairResult(labels[cand], sample_labels[sample], comparison, folder)
             found[sample, cand] = pair
             done(pair)
+            raise_if_interrupted()
             progress(STAGE, len(found), total)
     environment["seconds"] = round(time.monotonic() - started, 3)
     ordered = [found[s, c] for s in range(len(given)) for c in range(len(cands))]

@@ -214,7 +214,7 @@ def test_an_interrupted_command_leaves_no_ray_behind(here: Path, temporary: Path
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=180)  # beside other tests
-    assert process.returncode == 2
+    assert process.returncode == 2, err
     assert err.splitlines()[-1].endswith(" are in stopped, without an index")
     assert started and not sessions(temporary) and not running(started)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import json
+import signal
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
@@ -259,6 +261,9 @@ def test_options_that_do_not_go_together_are_one_line(
     assert len(result.output.splitlines()) == 1
 
 
+INTERRUPTED = "error: interrupted; the reports of 1 pair are in out, without an index"
+
+
 def test_an_interrupted_run_keeps_what_was_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from divergence.pipeline import Job
 
@@ -273,8 +278,27 @@ def test_an_interrupted_run_keeps_what_was_done(folder: Path, monkeypatch: pytes
     args = ("--cand", "pytorch:model.py:load", "--cand", "pytorch:model.py:faulty", "--out", "out")
     result = run(*COMPARE, *args)
     assert result.exit_code == 2
-    assert result.output == "error: interrupted; the reports of 1 pair are in out, without an index\n"
+    assert result.stderr.splitlines()[-1] == INTERRUPTED
     assert [p.name for p in (folder / "out").iterdir()] == ["1-load-in4.npz"]
+
+
+def test_an_interrupt_that_was_dropped_ends_the_run_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from divergence.report_commands import Reports
+
+    original = Reports.add
+
+    def interrupted(self: Reports, pair: PairResult) -> None:
+        original(self, pair)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Reports, "add", interrupted)
+    args = ("--cand", "pytorch:model.py:load", "--cand", "pytorch:model.py:faulty", "--out", "out")
+    result = run(*COMPARE, *args)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == INTERRUPTED
 
 
 @pytest.fixture
