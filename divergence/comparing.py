@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
@@ -11,6 +10,7 @@ from divergence.comparison import compare_tensors
 from divergence.masks import valid_tokens
 from divergence.shards import ReadAhead
 from divergence.sites import matches
+from divergence.working import cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,9 +78,7 @@ def _spare_core() -> bool:
     """Whether torch leaves a core of this process alone."""
     import torch
 
-    tell = getattr(os, "sched_getaffinity", None)
-    cores = len(tell(0)) if tell is not None else os.cpu_count() or 1
-    return torch.get_num_threads() < cores
+    return torch.get_num_threads() < cores()
 
 
 def compare_pair(pair: Pair, reference: Capture, candidate: Capture) -> Metrics:

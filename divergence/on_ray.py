@@ -31,6 +31,7 @@ from divergence.probes import Progress
 from divergence.result import Comparison
 from divergence.setting import Inputs, read_inputs
 from divergence.sources import is_engine, settings_of
+from divergence.working import cores
 
 ATTEMPTS = 3
 """How often a pair is tried whose worker is lost."""
@@ -262,7 +263,7 @@ def _workers(address: str) -> int:
     """The workers that `local` or `local:N` asks for."""
     _, colon, number = address.partition(":")
     if not colon:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cores()
     if not number.isdecimal() or not int(number):
         raise ConfigurationError(f"--ray {address}: write it as local or local:2")
     return int(number)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from divergence.errors import SourceError, one_line
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
     from divergence.pairs_result import PairResult, Pairs
+    from divergence.reports.beside import Writers
     from divergence.result import Comparison
 
 EXIT = {"pass": 0, "fail": 1, "error": 2}
@@ -58,7 +59,7 @@ def diff(old: str, new: str, factor: float) -> int:
     return {"regressed": 1, "error": 2}.get(found.verdict, 0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _sound(*paths: str) -> Iterator[None]:
     """What a report that was tampered with makes of a renderer becomes one line."""
     try:
@@ -78,8 +79,6 @@ class Reports:
         out: what the user calls it: the folder, or the URL that it will be uploaded to.
         link: where the page will be found, for `summary.md`.
 
-    Attributes:
-        written: folders of the pairs whose reports are written.
     """
 
     def __init__(self, folder: Path | None, out: str, link: str = "") -> None:
@@ -87,15 +86,21 @@ class Reports:
         self._out = out
         self._link = link
         self._pages: list[str] = []
-        self.written: set[str] = set()
+        self._writers: Writers | None = None
 
     def add(self, pair: PairResult) -> None:
-        """Writes the reports of a pair; what is over all pairs is written in the end."""
-        if self.folder is not None:
-            from divergence.reports import write_all
+        """Has the reports of a pair written; what is over all pairs is written in the end."""
+        if self.folder is None:
+            return
+        if self._writers is None:
+            from divergence.reports.beside import Writers
 
-            write_all(pair.comparison, self.folder / pair.folder)
-            self.written.add(pair.folder)
+            self._writers = Writers()
+        self._writers.add(pair.comparison, self.folder / pair.folder)
+
+    def close(self) -> int:
+        """Stops writing. Returns how many pairs have all their reports."""
+        return len(self._writers.close()) if self._writers is not None else 0
 
     def show(self, result: Comparison | Chain | Pairs) -> None:
         """Writes all reports that are not yet written, and prints the terminal's."""
@@ -121,9 +126,11 @@ class Reports:
         assert self.folder is not None
         if isinstance(result, Comparison) or result.kind == "chain":
             return write_all(result, self.folder, link=self._link)
-        for pair in result.pairs:
-            if pair.folder not in self.written:
+        if self._writers is None:  # as of a report that is rendered again
+            for pair in result.pairs:
                 self.add(pair)
+        if self._writers is not None:
+            self._writers.finish()
         return write_over_pairs(result, self.folder, link=self._link)
 
     def finish(self, result: Comparison | Chain | Pairs) -> int:
@@ -133,7 +140,7 @@ class Reports:
         return EXIT[result.verdict]
 
 
-@contextmanager
+@contextlib.contextmanager
 def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
     """What writes the reports of a command into the folder or URL `out`.
 
@@ -148,17 +155,20 @@ def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
         try:
             yield reports
         except KeyboardInterrupt:
-            if not reports.written:
+            written = reports.close()
+            if not written:
                 raise
             from divergence.reports import counted
 
-            done = f"the reports of {counted(len(reports.written), 'pair')} are in {out}, without an index"
+            done = f"the reports of {counted(written, 'pair')} are in {out}, without an index"
             raise click.ClickException(f"interrupted; {done}") from None
+        finally:
+            reports.close()
         return
     from divergence.storage import writing
 
-    with writing(out) as folder:
-        yield Reports(folder, out, link)
+    with writing(out) as folder, contextlib.closing(Reports(folder, out, link)) as reports:
+        yield reports
 
 
 def _width() -> int:

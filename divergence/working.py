@@ -1,10 +1,11 @@
-"""What a comparison works in: a folder for its captures, names of files, and memory that is not walked
-again and again."""
+"""What a comparison works in: a folder for its captures, names of files, threads and cores, and memory
+that is not walked again and again."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,12 @@ def quiet_collector() -> Iterator[None]:
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed is not None else os.cpu_count() or 1
 
 
 def in_background(work: Callable[[], T], name: str) -> Future[T]:

@@ -270,3 +270,16 @@ def test_the_exit_status_of_a_chain(folder: Path, cands: list[str], status: int)
     assert out.startswith(("PASS", "FAIL", "ERROR")[status])
     report = json.loads((folder / "report/report.json").read_text())
     assert [c["verdict"] for c in report["comparisons"]].count("error") == cands.count("absent.onnx")
+
+
+def test_the_package_is_the_command_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "divergence", "compare"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
