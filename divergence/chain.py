@@ -16,7 +16,8 @@ from divergence.blame import judge_step
 from divergence.chain_result import Chain, Difference, Step
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError
-from divergence.pipeline import Job, timed
+from divergence.job import Job
+from divergence.pipeline import timed
 from divergence.prepared import Reference, prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict

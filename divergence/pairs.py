@@ -18,8 +18,9 @@ from divergence.chain import labels_of, short, unanswered
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError, one_line
 from divergence.interrupts import remembered
+from divergence.job import Job
 from divergence.pairs_result import PairResult, Pairs
-from divergence.pipeline import Job, timed
+from divergence.pipeline import timed
 from divergence.prepared import prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison

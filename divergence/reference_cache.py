@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from divergence.captures import Capture
     from divergence.noise import Floor
     from divergence.probes.pytorch import PyTorchProbe
-    from divergence.probes.pytorch.observer import LayerCall
+    from divergence.probes.pytorch.layer_call import LayerCall
     from divergence.setting import Setting
     from divergence.sites import Site
 

@@ -21,16 +21,9 @@ from divergence.errors import one_line
 from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
 from divergence.probes import Observation, Progress, silent
-from divergence.probes.pytorch.observer import (
-    LayerCall,
-    LayerObserver,
-    caches_in,
-    put_cached,
-    replaced,
-    snapshot,
-    with_first_tensor,
-    wrapped,
-)
+from divergence.probes.pytorch.caches import caches_in, put_cached
+from divergence.probes.pytorch.layer_call import LayerCall, replaced, snapshot, with_first_tensor
+from divergence.probes.pytorch.observer import LayerObserver, wrapped
 from divergence.probes.pytorch.placement import device_of
 from divergence.probes.pytorch.probe import evaluating, output_leaves
 from divergence.sites import Site

@@ -150,7 +150,7 @@ def test_a_reference_that_cannot_be_opened_answers_nothing(folder: Path) -> None
 
 
 def test_an_unexpected_error_is_one_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from divergence.pipeline import Job
+    from divergence.job import Job
 
     original = Job.run
 
@@ -265,7 +265,7 @@ INTERRUPTED = "error: interrupted; the reports of 1 pair are in out, without an 
 
 
 def test_an_interrupted_run_keeps_what_was_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from divergence.pipeline import Job
+    from divergence.job import Job
 
     original = Job.run
 

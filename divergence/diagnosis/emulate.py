@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from divergence.diagnosis.trace import Handler, Interceptor, Trace
 
 if TYPE_CHECKING:
-    from divergence.probes.pytorch.observer import LayerCall
+    from divergence.probes.pytorch.layer_call import LayerCall
     from divergence.replay import Replayer
 
 Tensors = dict[str, Tensor]

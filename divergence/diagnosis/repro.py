@@ -9,7 +9,7 @@ import torch
 
 from divergence.diagnosis.emulate import LayerUnit
 from divergence.errors import SourceError, one_line
-from divergence.probes.pytorch.observer import replaced, snapshot
+from divergence.probes.pytorch.layer_call import replaced, snapshot
 from divergence.probes.pytorch.placement import unhooked
 
 if TYPE_CHECKING:

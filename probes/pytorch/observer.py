@@ -8,7 +8,6 @@ again whatever happens), rather than hooked: hooks switch off the fused path of
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,43 +18,23 @@ from torch import Tensor, nn
 
 from divergence.probes import Observation, Sink
 from divergence.probes.pytorch.attention import AttentionWatch, Product, unrepeat
+from divergence.probes.pytorch.caches import cached, caches_in, is_repeated
+from divergence.probes.pytorch.layer_call import (
+    LayerCall,
+    find_hidden,
+    first_tensor,
+    replaced,
+    snapshot,
+    with_first_tensor,
+)
 from divergence.probes.pytorch.stacks import Stack
 from divergence.sites import HEAD_AXES, HIDDEN_AXES, Site
 
 _CROSS = re.compile(r"cross|encoder_attn|encdec|enc_dec|multihead_attn", re.IGNORECASE)
-_HIDDEN_NAMES = ("hidden_states", "hidden", "x", "src", "tgt", "input", "inputs")
 _PROJECTIONS = {
     "key": ("k_proj", "key", "k", "wk", "to_k", "key_proj", "k_lin"),
     "value": ("v_proj", "value", "v", "wv", "to_v", "value_proj", "v_lin"),
 }
-
-
-@dataclass
-class LayerCall:
-    """One call of one layer within a run, kept so that it can be replayed.
-
-    Attributes:
-        stack, layer, call: the address.
-        module: the layer.
-        args, kwargs: what it was called with; the hidden input is taken out.
-        hidden_at: where the hidden input belongs: position in `args` or name in `kwargs`.
-        first_input: the hidden input itself, kept for the first layer of a stack only
-            `[batch, token, channel]`.
-        output: what it returned; the hidden output is taken out.
-        device_in, device_out: where the hidden input and output were; layers may lie on several devices.
-    """
-
-    stack: str
-    layer: int
-    call: int
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    hidden_at: int | str | None = None
-    first_input: Tensor | None = None
-    output: Any = None
-    device_in: torch.device | None = None
-    device_out: torch.device | None = None
 
 
 @dataclass
@@ -176,7 +155,7 @@ class LayerObserver:
         site = current.site
         assert site.layer is not None
         call = LayerCall(stack.name, site.layer, site.call, stack.layers[site.layer], args, dict(kwargs))
-        call.hidden_at = _find_hidden(args, kwargs, self._last_hidden)
+        call.hidden_at = find_hidden(args, kwargs, self._last_hidden)
         if call.hidden_at is not None:
             hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
             call.device_in = hidden.device
@@ -226,9 +205,9 @@ class LayerObserver:
                 seen = unfolded(getattr(product, tensor), batch)
                 if name in emitted or seen is None or seen.dim() != 4:
                     continue
-                cached = _cached(caches, site.layer, name)
-                if cached is not None and _is_repeated(cached, seen):
-                    kept, how = cached, "cache"
+                held = cached(caches, site.layer, name)
+                if held is not None and is_repeated(held, seen):
+                    kept, how = held, "cache"
                 else:
                     kept, how = unrepeat(seen)[0], product.how
                 emitted.add(name)
@@ -236,9 +215,9 @@ class LayerObserver:
         for tensor in ("key", "value"):
             if tensor in emitted:
                 continue
-            cached = _cached(caches, site.layer, tensor)
-            if cached is not None:
-                self._sink(Observation(site.with_tensor(tensor), cached, HEAD_AXES, "cache"))
+            held = cached(caches, site.layer, tensor)
+            if held is not None:
+                self._sink(Observation(site.with_tensor(tensor), held, HEAD_AXES, "cache"))
             elif tensor in current.projections:
                 found = f"output of the {tensor} projection, before any rotary embedding"
                 self._sink(
@@ -299,134 +278,6 @@ def wrapped(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
             object.__setattr__(module, "forward", forward)
         else:
             object.__delattr__(module, "forward")
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """The hidden state in what a layer returned: the tensor itself, a field of that name, or the
-    first tensor of a sequence or mapping."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        for name in ("hidden_states", "last_hidden_state"):
-            if isinstance(output.get(name), Tensor):
-                return output[name]  # type: ignore[no-any-return]
-        output = tuple(output.values())
-    if isinstance(output, tuple | list):
-        return next((value for value in output if isinstance(value, Tensor)), None)
-    return None
-
-
-def with_first_tensor(output: Any, tensor: Tensor | None) -> Any:
-    """`output` with its hidden state (see `first_tensor`; None marks a hole left by this function)
-    replaced by `tensor`."""
-    if isinstance(output, Tensor) or output is None:
-        return tensor
-    if isinstance(output, Mapping):
-        names = [n for n, v in output.items() if isinstance(v, Tensor) or v is None]
-        name = next((n for n in ("hidden_states", "last_hidden_state") if n in names), names[0])
-        replacement = copy.copy(output)
-        replacement[name] = tensor  # type: ignore[index]
-        return replacement
-    index = next(i for i, v in enumerate(output) if isinstance(v, Tensor) or v is None)
-    values = [tensor if i == index else v for i, v in enumerate(output)]
-    if hasattr(output, "_fields"):
-        return type(output)(*values)
-    return type(output)(values)
-
-
-def replaced(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str, value: Any
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the one `at` a position or name replaced."""
-    if isinstance(at, int):
-        return (*args[:at], value, *args[at + 1 :]), dict(kwargs)
-    return args, {**kwargs, at: value}
-
-
-def _find_hidden(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], previous: Tensor | None
-) -> int | str | None:
-    """Which argument is the hidden input: the previous layer's output itself, else a floating
-    tensor in first position or under a usual name, else the first floating tensor."""
-    slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    floating = [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
-    for at, value in floating:
-        if value is previous:
-            return at
-    named = [at for at, _ in floating if at == 0 or at in _HIDDEN_NAMES]
-    if named:
-        return named[0]
-    return floating[0][0] if floating else None
-
-
-def snapshot(value: Any) -> Any:
-    """A copy of a cache-like object that later updates of the original do not reach: two levels
-    deep, tensors shared (caches that write in place are copied by value). Others as they are."""
-    if isinstance(value, Tensor | nn.Module | str) or not hasattr(value, "update"):
-        return value
-    if isinstance(value, Mapping):
-        return type(value)(value)  # type: ignore[call-arg]
-    taken = copy.copy(value)
-    for name, attribute in vars(value).items():
-        if isinstance(attribute, list):
-            setattr(taken, name, [_snapshot_layer(item) for item in attribute])
-        elif isinstance(attribute, dict):
-            setattr(taken, name, dict(attribute))
-        elif hasattr(attribute, "update") and not isinstance(attribute, Tensor | nn.Module):
-            setattr(taken, name, snapshot(attribute))
-    return taken
-
-
-def _snapshot_layer(layer: Any) -> Any:
-    taken = copy.copy(layer)
-    if "static" in type(layer).__name__.lower():
-        for name, attribute in vars(layer).items():
-            if isinstance(attribute, Tensor):
-                setattr(taken, name, attribute.clone())
-    return taken
-
-
-def caches_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """The caches of transformers among a layer's arguments."""
-    return [
-        value
-        for value in (*args, *kwargs.values())
-        if not isinstance(value, Tensor | nn.Module)
-        and (hasattr(value, "layers") or hasattr(value, "self_attention_cache"))
-    ]
-
-
-def _cached(caches: Sequence[Any], layer: int | None, tensor: str) -> Tensor | None:
-    """The tensor that a cache of transformers holds for `layer`, or None."""
-    for entry in _entries(caches, layer, tensor):
-        held = getattr(entry, f"{tensor.removeprefix('cross_')}s", None)
-        if isinstance(held, Tensor) and held.dim() == 4:
-            return held
-    return None
-
-
-def _is_repeated(held: Tensor, seen: Tensor) -> bool:
-    """Whether `seen` has the shape of `held` with its heads repeated, or not even that."""
-    (batch, heads, *rest), (seen_batch, seen_heads, *seen_rest) = held.shape, seen.shape
-    return batch == seen_batch and rest == seen_rest and heads > 0 and seen_heads % heads == 0
-
-
-def put_cached(caches: Sequence[Any], layer: int, tensor: str, value: Tensor) -> None:
-    """Replaces what the caches hold for `layer` by a copy of `value`, where they hold a tensor of its
-    shape."""
-    for entry in _entries(caches, layer, tensor):
-        held = getattr(entry, f"{tensor}s", None)
-        if isinstance(held, Tensor) and held.shape == value.shape:
-            setattr(entry, f"{tensor}s", value.to(held.device, copy=True))
-
-
-def _entries(caches: Sequence[Any], layer: int | None, tensor: str) -> Iterator[Any]:
-    """What each cache of transformers holds for `layer`."""
-    kind = "cross_attention_cache" if tensor.startswith("cross_") else "self_attention_cache"
-    for cache in caches:
-        layers = getattr(getattr(cache, kind, cache), "layers", None)
-        if isinstance(layers, Sequence) and layer is not None and layer < len(layers):
-            yield layers[layer]
 
 
 def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:

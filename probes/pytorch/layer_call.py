@@ -1,0 +1,126 @@
+"""What a layer was called with and what it returned: found, taken apart, kept for a replay."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HIDDEN_NAMES = ("hidden_states", "hidden", "x", "src", "tgt", "input", "inputs")
+
+
+@dataclass
+class LayerCall:
+    """One call of one layer within a run, kept so that it can be replayed.
+
+    Attributes:
+        stack, layer, call: the address.
+        module: the layer.
+        args, kwargs: what it was called with; the hidden input is taken out.
+        hidden_at: where the hidden input belongs: position in `args` or name in `kwargs`.
+        first_input: the hidden input itself, kept for the first layer of a stack only
+            `[batch, token, channel]`.
+        output: what it returned; the hidden output is taken out.
+        device_in, device_out: where the hidden input and output were; layers may lie on several devices.
+    """
+
+    stack: str
+    layer: int
+    call: int
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_at: int | str | None = None
+    first_input: Tensor | None = None
+    output: Any = None
+    device_in: torch.device | None = None
+    device_out: torch.device | None = None
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """The hidden state in what a layer returned: the tensor itself, a field of that name, or the
+    first tensor of a sequence or mapping."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for name in ("hidden_states", "last_hidden_state"):
+            if isinstance(output.get(name), Tensor):
+                return output[name]  # type: ignore[no-any-return]
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        return next((value for value in output if isinstance(value, Tensor)), None)
+    return None
+
+
+def with_first_tensor(output: Any, tensor: Tensor | None) -> Any:
+    """`output` with its hidden state (see `first_tensor`; None marks a hole left by this function)
+    replaced by `tensor`."""
+    if isinstance(output, Tensor) or output is None:
+        return tensor
+    if isinstance(output, Mapping):
+        names = [n for n, v in output.items() if isinstance(v, Tensor) or v is None]
+        name = next((n for n in ("hidden_states", "last_hidden_state") if n in names), names[0])
+        replacement = copy.copy(output)
+        replacement[name] = tensor  # type: ignore[index]
+        return replacement
+    index = next(i for i, v in enumerate(output) if isinstance(v, Tensor) or v is None)
+    values = [tensor if i == index else v for i, v in enumerate(output)]
+    if hasattr(output, "_fields"):
+        return type(output)(*values)
+    return type(output)(values)
+
+
+def replaced(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], at: int | str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with the one `at` a position or name replaced."""
+    if isinstance(at, int):
+        return (*args[:at], value, *args[at + 1 :]), dict(kwargs)
+    return args, {**kwargs, at: value}
+
+
+def find_hidden(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], previous: Tensor | None
+) -> int | str | None:
+    """Which argument is the hidden input: the previous layer's output itself, else a floating
+    tensor in first position or under a usual name, else the first floating tensor."""
+    slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    floating = [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
+    for at, value in floating:
+        if value is previous:
+            return at
+    named = [at for at, _ in floating if at == 0 or at in _HIDDEN_NAMES]
+    if named:
+        return named[0]
+    return floating[0][0] if floating else None
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a cache-like object that later updates of the original do not reach: two levels
+    deep, tensors shared (caches that write in place are copied by value). Others as they are."""
+    if isinstance(value, Tensor | nn.Module | str) or not hasattr(value, "update"):
+        return value
+    if isinstance(value, Mapping):
+        return type(value)(value)  # type: ignore[call-arg]
+    taken = copy.copy(value)
+    for name, attribute in vars(value).items():
+        if isinstance(attribute, list):
+            setattr(taken, name, [_snapshot_layer(item) for item in attribute])
+        elif isinstance(attribute, dict):
+            setattr(taken, name, dict(attribute))
+        elif hasattr(attribute, "update") and not isinstance(attribute, Tensor | nn.Module):
+            setattr(taken, name, snapshot(attribute))
+    return taken
+
+
+def _snapshot_layer(layer: Any) -> Any:
+    taken = copy.copy(layer)
+    if "static" in type(layer).__name__.lower():
+        for name, attribute in vars(layer).items():
+            if isinstance(attribute, Tensor):
+                setattr(taken, name, attribute.clone())
+    return taken
