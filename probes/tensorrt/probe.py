@@ -23,6 +23,7 @@ from divergence.probes.tensorrt.options import EngineOptions
 from divergence.probes.tensorrt.outputs import name_as_reference, sites_of
 from divergence.probes.tensorrt.plan import PlanHeader, digest_of, read_header
 from divergence.probes.tensorrt.process import Worker
+from divergence.probes.tensorrt.remarks import hazard_of, remarks_on
 from divergence.probes.tensorrt.sidecar import Sidecar, load_sidecar, plain_of, verify
 from divergence.sites import DETAIL_TENSORS
 from divergence.working import in_background
@@ -202,12 +203,12 @@ class TensorRTProbe:
             for item in wanted:
                 own = item.tensor(tensors[item.value])
                 sink(Observation(item.site, own, item.axes_of(own), item.how))
-            hazard = _hazard(runs)
+            hazard = hazard_of(runs)
             observer = self._observe(folder, hosts[0], tensors, progress)
             self.close()
         contract = self._contract(facts["inspector"])
         stacks = tuple(dict.fromkeys(f.site.stack for f in found if f.site.layer is not None))
-        notes = [*self._notes(facts), *_remarks(hazard, observer), *self._advice(found)]
+        notes = [*self._notes(facts), *remarks_on(hazard, observer), *self._advice(found)]
         return RunFacts(
             kind=self.kind,
             source=str(self.path),
@@ -383,42 +384,3 @@ def _products_run_in(contract: Contract) -> str | None:
 
 def _typed(io: Mapping[str, Any] | None) -> tuple[str, tuple[int | str, ...]]:
     return (io["dtype"], tuple("?" if n == -1 else n for n in io["shape"])) if io else ("", ())
-
-
-def _hazard(runs: Mapping[str, tuple[dict[str, Any], dict[str, torch.Tensor]]]) -> dict[str, Any]:
-    """The stream-hazard verdict over all hosts that ran."""
-    evidence = []
-    looked = False
-    for host, (facts, _) in runs.items():
-        looked = looked or facts["hazards"] is not None
-        for hazard in facts["hazards"] or ():
-            outputs = ", ".join(f"{n} ({c} elements)" for n, c in hazard["outputs"].items())
-            evidence.append(f"host {host}: {hazard['claim']}: {outputs}")
-        if facts["varying"] and not any(h["trial"] == "repeated" for h in facts["hazards"] or ()):
-            evidence.append(f"host {host}: results change from run to run: {', '.join(facts['varying'])}")
-    if len(runs) > 1:
-        (first, (_, a)), (second, (_, b)) = runs.items()
-        for name, tensor in a.items():
-            metrics = compare_tensors(tensor, b[name])
-            if not metrics.bit_equal:
-                evidence.append(f"hosts {first} and {second} differ in {name} by up to {metrics.max_abs}")
-    return {"looked": looked, "hazard": bool(evidence), "evidence": evidence, "hosts": list(runs)}
-
-
-def _remarks(hazard: Mapping[str, Any], observer: Mapping[str, Any] | None) -> list[str]:
-    remarks = []
-    if hazard["hazard"]:
-        remarks.append(f"Stream hazard: {'; '.join(hazard['evidence'])}.")
-    elif len(hazard["hosts"]) > 1:
-        remarks.append(
-            f"Hosts {' and '.join(hazard['hosts'])} agree to the bit, and no stream hazard was found."
-        )
-    if observer is not None and observer["changed"]:
-        worst = max((o["rel_l2"] or 0.0) for o in observer["outputs"].values())
-        remarks.append(
-            "Looking changed the engine: its final outputs differ from those of the engine without added "
-            f"outputs by a relative error of {worst:.2g}."
-        )
-    elif observer is not None:
-        remarks.append("Looking changed nothing: the final outputs equal the plain engine's to the bit.")
-    return remarks
