@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from divergence.diagnosis.case import Case, Fit, estimate
+from divergence.diagnosis.case import Case, Fit, Given, estimate
 from divergence.diagnosis.emulate import Fault
 
 Build = Callable[[float], Fault]
@@ -84,13 +84,30 @@ class Told:
 
 
 class CauseModule(Protocol):
-    """One file in `divergence.diagnosis.causes`."""
+    """A file in `divergence.diagnosis.causes` whose faults are emulated."""
 
     ID: str
 
-    @staticmethod
-    def trials(case: Case) -> Iterator[Trial]:
+    def trials(self, case: Case) -> Iterator[Trial]:
         """The faults of this kind that could be behind the case, likeliest first."""
+
+
+class FactsCauseModule(Protocol):
+    """A file in `divergence.diagnosis.causes` whose cause may be told without an emulation."""
+
+    ID: str
+
+    def facts(self, case: Case) -> Tried | None:
+        """What figures of the case, or the engine's contract, say by themselves."""
+
+
+class ToldCauseModule(Protocol):
+    """A file in `divergence.diagnosis.causes` whose cause the run tells."""
+
+    ID: str
+
+    def told(self, given: Given) -> Told | None:
+        """What the probe found out while it ran the candidate."""
 
 
 def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:

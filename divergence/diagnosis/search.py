@@ -18,9 +18,9 @@ from torch import nn
 
 from divergence.diagnosis import nonfinite, repro
 from divergence.diagnosis.case import Case, Given
-from divergence.diagnosis.causes import CAUSES, NONFINITE
+from divergence.diagnosis.causes import CAUSES, FROM_FACTS, NONFINITE, TOLD
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
-from divergence.diagnosis.hypotheses import Told, Tried, attempt
+from divergence.diagnosis.hypotheses import Tried, attempt
 from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
 from divergence.errors import one_line
 from divergence.probes import Progress, silent
@@ -165,9 +165,8 @@ class Search:
     def _told(self, found: Found) -> None:
         """Causes that the facts of the run tell."""
         first = next((r.site for r in self._given.results.values() if r.verdict == "fail"), "")
-        for module in CAUSES:
-            tell = getattr(module, "told", None)
-            told: Told | None = tell(self._given) if tell is not None else None
+        for module in TOLD:
+            told = module.told(self._given)
             if told is not None:
                 found.causes.append(Cause(told.id, told.title, told.evidence, None, told.fix, first))
                 found.hypotheses.append(Hypothesis(first, told.id, told.title, told.evidence, fix=told.fix))
@@ -379,9 +378,8 @@ def _extend(found: Found, again: Tried, case: Case) -> None:
 
 def _from_facts(case: Case, found: Found) -> Cause | None:
     """The first cause that facts alone tell."""
-    for module in CAUSES:
-        tell = getattr(module, "facts", None)
-        told = tell(case) if tell is not None else None
+    for module in FROM_FACTS:
+        told = module.facts(case)
         if told is not None:
             found.hypotheses.append(hypothesis_of(case, told))
             return cause_of(case, told)

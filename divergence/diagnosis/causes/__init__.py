@@ -1,8 +1,6 @@
-"""The causes, one file each, in the order in which they are tried: cheapest and commonest first."""
+"""The causes, one file each."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from divergence.diagnosis.causes import (
     accumulation_precision,
@@ -34,10 +32,9 @@ from divergence.diagnosis.causes import (
     weight_scale,
     weights_collapsed,
 )
+from divergence.diagnosis.hypotheses import CauseModule, FactsCauseModule, ToldCauseModule
 
-CAUSES: tuple[Any, ...] = (
-    stream_hazard,
-    observer_effect,
+CAUSES: tuple[CauseModule, ...] = (
     mask_nan,
     overflow_residual,
     overflow_norm,
@@ -65,6 +62,13 @@ CAUSES: tuple[Any, ...] = (
     weight_permuted,
     accumulation_precision,
 )
+"""Those that are emulated, in the order in which they are tried: cheapest and commonest first."""
 
-NONFINITE: tuple[Any, ...] = (mask_nan, overflow_residual, overflow_norm)
+NONFINITE: tuple[CauseModule, ...] = (mask_nan, overflow_residual, overflow_norm)
 """Those that can make NaN or Inf."""
+
+FROM_FACTS: tuple[FactsCauseModule, ...] = (stale_kv, accumulation_precision)
+"""Those that facts of the case tell where no emulation explains it."""
+
+TOLD: tuple[ToldCauseModule, ...] = (stream_hazard, observer_effect)
+"""Those that the run tells: there is nothing to emulate."""

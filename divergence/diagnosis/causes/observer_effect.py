@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from divergence.diagnosis.hypotheses import Told
 
 if TYPE_CHECKING:
-    from divergence.diagnosis.case import Case, Given
-    from divergence.diagnosis.hypotheses import Trial
+    from divergence.diagnosis.case import Given
 
 ID = "observer_effect"
-
-
-def trials(case: Case) -> Iterator[Trial]:  # noqa: ARG001 - nothing to emulate: told from the run alone
-    """None: see `told`."""
-    yield from ()
 
 
 def told(given: Given) -> Told | None:
@@ -31,6 +25,5 @@ def told(given: Given) -> Told | None:
         "exposing the sites as outputs changes what the candidate computes",
         (f"the model's own outputs differ{amount} between a run with and one without the extra outputs",),
         "compare the model's own outputs, or expose fewer sites at a time: an output ends a fusion, so "
-        "that what was "
-        "measured here is not what runs in production",
+        "that what was measured here is not what runs in production",
     )

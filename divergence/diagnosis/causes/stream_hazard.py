@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from divergence.diagnosis.hypotheses import Told
 
 if TYPE_CHECKING:
-    from divergence.diagnosis.case import Case, Given
-    from divergence.diagnosis.hypotheses import Trial
+    from divergence.diagnosis.case import Given
 
 ID = "stream_hazard"
-
-
-def trials(case: Case) -> Iterator[Trial]:  # noqa: ARG001 - nothing to emulate: told from the run alone
-    """None: see `told`."""
-    yield from ()
 
 
 def told(given: Given) -> Told | None:
@@ -30,6 +24,6 @@ def told(given: Given) -> Told | None:
         "for each other",
         tuple(str(line) for line in found.get("evidence", ())),
         "run the engine on the stream that the inputs are written on "
-        "(execute_async_v3(torch.cuda.current_stream()"
-        ".cuda_stream)), or synchronise before reading; do not mix streams of PyTorch and pycuda",
+        "(execute_async_v3(torch.cuda.current_stream().cuda_stream)), or synchronise before reading; do not "
+        "mix streams of PyTorch and pycuda",
     )
