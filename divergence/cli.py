@@ -128,6 +128,7 @@ def compare(
     result: Comparison | Chain | Pairs
     only = inputs[0] if inputs else None
     with reports_into(out) as reports:
+        reports.get_ready(several=pairs)
         options["keep"] = reports.folder if keep_captures else None
         with progress(sys.stderr, sys.stderr.isatty()) as shown:
             if pairs:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from divergence.errors import SourceError, one_line
+from divergence.working import cores
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
@@ -87,20 +88,34 @@ class Reports:
         self._link = link
         self._pages: list[str] = []
         self._writers: Writers | None = None
+        self._added: set[str] = set()
+
+    def get_ready(self, *, several: bool) -> None:
+        """Loads what draws, in a process beside this one, if there is a core for it.
+
+        Args:
+            several: whether there will be reports of many pairs.
+        """
+        # A process that has drawn before, as of a test session, draws again at once.
+        if self.folder is not None and "matplotlib" not in sys.modules and cores() > 1:
+            self._started(several=several).get_ready()
 
     def add(self, pair: PairResult) -> None:
         """Has the reports of a pair written; what is over all pairs is written in the end."""
-        if self.folder is None:
-            return
-        if self._writers is None:
-            from divergence.reports.beside import Writers
-
-            self._writers = Writers()
-        self._writers.add(pair.comparison, self.folder / pair.folder)
+        if self.folder is not None:
+            self._added.add(pair.folder)
+            self._started().add(pair.comparison, self.folder / pair.folder)
 
     def close(self) -> int:
         """Stops writing. Returns how many pairs have all their reports."""
         return len(self._writers.close()) if self._writers is not None else 0
+
+    def _started(self, *, several: bool = True) -> Writers:
+        if self._writers is None:
+            from divergence.reports.beside import Writers
+
+            self._writers = Writers(several=several)
+        return self._writers
 
     def show(self, result: Comparison | Chain | Pairs) -> None:
         """Writes all reports that are not yet written, and prints the terminal's."""
@@ -120,17 +135,20 @@ class Reports:
             click.echo(render_pairs(result, **shape))
 
     def _write(self, result: Comparison | Chain | Pairs) -> list[Path]:
-        from divergence.reports import write_all, write_over_pairs
+        from divergence.reports import pages_of, write_all, write_over_pairs
         from divergence.result import Comparison
 
         assert self.folder is not None
         if isinstance(result, Comparison) or result.kind == "chain":
-            return write_all(result, self.folder, link=self._link)
-        if self._writers is None:  # as of a report that is rendered again
-            for pair in result.pairs:
-                self.add(pair)
-        if self._writers is not None:
+            if self._writers is None:
+                return write_all(result, self.folder, link=self._link)
+            self._writers.add(result, self.folder, link=self._link)
             self._writers.finish()
+            return pages_of(result, self.folder)
+        for pair in result.pairs:
+            if pair.folder not in self._added:  # as where reports are rendered again
+                self.add(pair)
+        self._started().finish()
         return write_over_pairs(result, self.folder, link=self._link)
 
     def finish(self, result: Comparison | Chain | Pairs) -> int:

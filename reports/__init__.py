@@ -6,7 +6,9 @@ Here is what they share: how figures are written, and what is said of a site in 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,10 @@ from divergence.working import file_name
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
     from divergence.pairs_result import Pairs
+
+
+Part = Callable[[], object]
+"""Some of the reports of a result; it can be sent to another process."""
 
 
 def write_all(result: Comparison | Chain | Pairs, out: Path, *, link: str = "") -> list[Path]:
@@ -38,34 +44,64 @@ def write_all(result: Comparison | Chain | Pairs, out: Path, *, link: str = "") 
     Raises:
         OSError: a file cannot be written.
     """
+    for part in parts_of(result, out, link=link):
+        part()
+    return pages_of(result, out)
+
+
+def pages_of(result: Comparison | Chain | Pairs, out: Path) -> list[Path]:
+    """The pages that `write_all` writes, what is over all first; those of pairs are found from theirs."""
     from divergence.pairs_result import Pairs
 
     if isinstance(result, Pairs):
-        for pair in result.pairs:
-            write_all(pair.comparison, out / pair.folder)
-        return write_over_pairs(result, out, link=link)
-    if not isinstance(result, Comparison):
-        from divergence.reports.html import render_chain_html
+        return [out / "index.html"]
+    own = (
+        [] if isinstance(result, Comparison) else [folder / "report.html" for folder in _folders(result, out)]
+    )
+    return [out / "report.html", *own]
 
-        result.save(out / "report.json")
-        whole = out / "report.html"
-        whole.write_text(render_chain_html(result), encoding="utf-8")
-        pairs = enumerate(zip(result.names, result.comparisons, strict=True), 1)
-        own = [p for i, (name, c) in pairs for p in write_all(c, out / f"{i}-{file_name(name)}", link=link)]
-        return [whole, *own]
-    # Matplotlib and the templates take a quarter of a second to load: only who writes a page pays.
+
+def parts_of(result: Comparison | Chain | Pairs, out: Path, *, link: str = "") -> list[Part]:
+    """What `write_all` does, in parts that may run in any order and side by side; arguments as there."""
+    from divergence.pairs_result import Pairs
+
+    if isinstance(result, Comparison):
+        return [partial(_write_texts, result, out, link), partial(_draw, result, out / "plots")]
+    if isinstance(result, Pairs):
+        own = [part for pair in result.pairs for part in parts_of(pair.comparison, out / pair.folder)]
+        return [*own, partial(write_over_pairs, result, out, link=link)]
+    each = zip(result.comparisons, _folders(result, out), strict=True)
+    own = [part for comparison, folder in each for part in parts_of(comparison, folder, link=link)]
+    return [partial(_write_chain, result, out), *own]
+
+
+def _folders(chain: Chain, out: Path) -> list[Path]:
+    return [out / f"{i}-{file_name(name)}" for i, name in enumerate(chain.names, 1)]
+
+
+def _write_chain(chain: Chain, out: Path) -> None:
+    from divergence.reports.html import render_chain_html
+
+    chain.save(out / "report.json")
+    (out / "report.html").write_text(render_chain_html(chain), encoding="utf-8")
+
+
+def _write_texts(comparison: Comparison, out: Path, link: str) -> None:
+    # Matplotlib and the templates take a second to load: only who writes a page pays.
     from divergence.reports.html import render_html
     from divergence.reports.junit import render_junit
     from divergence.reports.markdown import render_markdown
+
+    comparison.save(out / "report.json")
+    (out / "report.html").write_text(render_html(comparison), encoding="utf-8")
+    (out / "summary.md").write_text(render_markdown(comparison, link), encoding="utf-8")
+    (out / "junit.xml").write_text(render_junit(comparison), encoding="utf-8")
+
+
+def _draw(comparison: Comparison, folder: Path) -> None:
     from divergence.reports.plots import write_plots
 
-    result.save(out / "report.json")
-    page = out / "report.html"
-    page.write_text(render_html(result), encoding="utf-8")
-    (out / "summary.md").write_text(render_markdown(result, link), encoding="utf-8")
-    (out / "junit.xml").write_text(render_junit(result), encoding="utf-8")
-    write_plots(result, out / "plots")
-    return [page]
+    write_plots(comparison, folder)
 
 
 def write_over_pairs(pairs: Pairs, out: Path, *, link: str = "") -> list[Path]:

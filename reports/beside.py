@@ -1,53 +1,68 @@
-"""Reports of pairs, written in processes of their own while the next pairs are compared.
+"""Reports written in processes of their own, beside other work.
 
-Drawing and writing the report of a pair takes a second or so of one core, whatever the size of the models:
-with many workers on other machines, nothing else would decide how long many pairs take.
+They load what draws while models run, and write the reports of a pair while the next one is compared: a
+second or so of one core for each, whatever the size of the models. With many workers on other machines
+nothing else would decide how long many pairs take.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from divergence.reports import write_all
-from divergence.result import Comparison
+from divergence.reports import Part, parts_of
 from divergence.working import cores
 
+if TYPE_CHECKING:
+    from divergence.chain_result import Chain
+    from divergence.result import Comparison
+
 _MOST = 8
-_WAITING = 2
-"""Reports that are under way or wait, for each process; who adds another one waits."""
+_WAITING = 4
+"""Parts of reports that are under way or wait, for each process; who adds another one waits."""
 
 
 class Writers:
-    """Processes that write reports; they start with the first one."""
+    """Processes that write reports; they start when they are needed.
 
-    def __init__(self) -> None:
-        self._written: set[Path] = set()
-        self._under_way: dict[Future[list[Path]], tuple[Comparison, Path]] = {}
-        self._processes = min(_MOST, cores())
+    Args:
+        several: whether there will be reports of many, which are worth a process for every core, eight at
+            most; for those of one comparison a single process is, which loads longer than it writes.
+    """
+
+    def __init__(self, *, several: bool = True) -> None:
+        self._processes = min(_MOST, cores()) if several else 1
         self._pool: ProcessPoolExecutor | None = None
+        self._loading: Future[None] | None = None
+        self._under_way: dict[Future[object], tuple[Part, Path]] = {}
+        self._left: Counter[Path] = Counter()
 
-    def add(self, comparison: Comparison, folder: Path) -> None:
-        """Has the reports of `comparison` written into `folder`.
+    def get_ready(self) -> None:
+        """Starts one of them."""
+        self._loading = self._started().submit(_load)
+
+    def add(self, result: Comparison | Chain, folder: Path, *, link: str = "") -> None:
+        """Has the reports of `result` written into `folder`; arguments as of `divergence.reports.write_all`.
 
         Raises:
             OSError: those of an earlier one could not be written.
         """
-        self._collect()
-        while len(self._under_way) >= _WAITING * self._processes:
-            wait(self._under_way, return_when=FIRST_COMPLETED)
+        parts = parts_of(result, folder, link=link)
+        self._left[folder] += len(parts)
+        for part in parts:
             self._collect()
-        if self._pool is None:
-            # A fork would take along the threads and devices of this process.
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, spawn, _leave_interrupts_to_the_command)
-        try:
-            self._under_way[self._pool.submit(write_all, comparison, folder)] = comparison, folder
-        except BrokenProcessPool:
-            self._write_here(comparison, folder)
+            while len(self._under_way) >= _WAITING * self._processes:
+                wait(self._under_way, return_when=FIRST_COMPLETED)
+                self._collect()
+            try:
+                self._under_way[self._started().submit(part)] = part, folder
+            except BrokenProcessPool:
+                self._write_here(part, folder)
 
     def finish(self) -> None:
         """Waits until all are written.
@@ -65,26 +80,43 @@ class Writers:
             The folders that are complete.
         """
         if self._pool is not None:
+            if self._loading is not None and not self._loading.done() and not self._under_way:
+                for process in self._pool._processes.values():  # noqa: SLF001 - public from Python 3.14 on
+                    process.terminate()
             self._pool.shutdown(cancel_futures=True)
+            self._pool = None
         for future, (_, folder) in self._under_way.items():
-            if not future.cancelled() and future.exception() is None:
-                self._written.add(folder)
-        return self._written
+            self._left[folder] -= not future.cancelled() and future.exception() is None
+        self._under_way = {}
+        return {folder for folder, left in self._left.items() if not left}
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            # A fork would take along the threads and devices of this process.
+            spawn = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self._processes, spawn, _leave_interrupts_to_the_command)
+        return self._pool
 
     def _collect(self) -> None:
         for future in [future for future in self._under_way if future.done()]:
-            comparison, folder = self._under_way.pop(future)
+            part, folder = self._under_way.pop(future)
             try:
                 future.result()
             except BrokenProcessPool:
-                self._write_here(comparison, folder)
-            self._written.add(folder)
+                self._write_here(part, folder)
+            else:
+                self._left[folder] -= 1
 
-    def _write_here(self, comparison: Comparison, folder: Path) -> None:
-        """Where a process was killed, as for want of memory; the next report has new ones."""
+    def _write_here(self, part: Part, folder: Path) -> None:
+        """Where a process was killed, as for want of memory; what comes next has new ones."""
         self._pool = None
-        write_all(comparison, folder)
-        self._written.add(folder)
+        part()
+        self._left[folder] -= 1
+
+
+def _load() -> None:
+    import divergence.reports.html
+    import divergence.reports.plots  # noqa: F401
 
 
 def _leave_interrupts_to_the_command() -> None:

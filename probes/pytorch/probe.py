@@ -198,7 +198,7 @@ class PyTorchProbe:
             model_digest=self._digest,
             precision=precision,
             stacks=order,
-            versions={"torch": torch.__version__},
+            versions={"torch": str(torch.__version__)},
             notes=notes,
             outputs=outputs,
             details=details,
