@@ -59,6 +59,7 @@ class Job:
         self.reference = reference.capture
         self.name = name
         self.notes: list[str] = []
+        self._made: Replayer | None = None
 
     def run(self, cand: object) -> Comparison:
         """Runs the candidate once and compares it.
@@ -232,17 +233,21 @@ class Job:
         return self._replayer(pytorch, precision).run(self.progress)
 
     def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
-        from divergence.replay import Replayer
+        """What replays the reference on the candidate's hidden states, and knows what they make of the
+        rest."""
+        if self._made is None:
+            from divergence.replay import Replayer
 
-        return Replayer(
-            pytorch,
-            self.inputs,
-            self._reference_tensor,
-            self._candidate_tensor,
-            precision,
-            self._axes,
-            self._mask,
-        )
+            self._made = Replayer(
+                pytorch,
+                self.inputs,
+                self._reference_tensor,
+                self._candidate_tensor,
+                precision,
+                self._axes,
+                self._mask,
+            )
+        return self._made
 
     def _diagnosed(self, result: Comparison, pytorch: PyTorchProbe, precision: str) -> Comparison:
         """`result` with the causes of its failing sites."""

@@ -22,7 +22,15 @@ from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
 from divergence.probes import Observation, Progress, silent
 from divergence.probes.pytorch.caches import caches_in, put_cached
-from divergence.probes.pytorch.layer_call import LayerCall, replaced, snapshot, with_first_tensor
+from divergence.probes.pytorch.layer_call import (
+    Beside,
+    CallKey,
+    LayerCall,
+    floating_beside,
+    replaced,
+    snapshot,
+    with_first_tensor,
+)
 from divergence.probes.pytorch.observer import LayerObserver, wrapped
 from divergence.probes.pytorch.placement import device_of
 from divergence.probes.pytorch.probe import evaluating, output_leaves
@@ -35,6 +43,14 @@ if TYPE_CHECKING:
 
 
 Tensors = Callable[[Site], "Tensor | None"]
+_SUSPECT = 2.0
+"""Times its floor from which an introduced error may come from a layer that cannot be run again."""
+
+_SUSPECT_FLOOR = 16.0
+"""Times the least that a floor can be from which it may come from there."""
+
+_SAME = 4.0
+"""Times the least that a floor can be up to which a layer that is run again gives what it gave."""
 
 
 class Replayer:
@@ -71,45 +87,89 @@ class Replayer:
         self._mask_of = mask_of
         self._device = device_of(probe.model)
         self._dtype = next(probe.model.parameters()).dtype
+        self._starts: dict[tuple[str, int], Tensor] | None = None
+        self._outputs: dict[str, Tensor] = {}
+        self._beside: dict[CallKey, Beside] = {}
 
     def run(self, progress: Progress = silent) -> ReplayResult:
         """Replays every call of every layer whose input the candidate shows, then the rest."""
         found: dict[Site, Introduced] = {}
         notes: list[str] = []
-        starts, outputs = self._outside(notes)
+        outputs = self._outside(notes)
+        changed: list[str] = []
         total = len(self._probe.calls)
         with evaluating(self._probe.model), torch.inference_mode():
             for done, call in enumerate(self._probe.calls, 1):
-                found.update(self._layer(call, starts))
+                found.update(self._layer(call, changed))
                 progress("replaying layers of the reference", done, total)
+        if changed:
+            notes.append(
+                f"{', '.join(changed)}: on what the reference gave it the layer gives something else when it "
+                "is run again (does it keep a state?); its errors are judged cumulatively"
+            )
         found.update(outputs)
         return ReplayResult(found, tuple(notes))
 
-    def _layer(self, call: LayerCall, starts: Mapping[tuple[str, int], Tensor]) -> dict[Site, Introduced]:
-        site = Site(call.layer, "hidden", call.stack, call.call)
-        hidden = self.input_of(call, starts)
+    def _layer(self, call: LayerCall, changed: list[str]) -> dict[Site, Introduced]:
+        site = call.site
+        hidden = self.input_of(call)
         if hidden is None:
             return {}
         exact = self.run_layer(call, hidden, None)
         rough = self.run_layer(call, hidden, self._run_in)
-        return self._introduced(
+        found = self._introduced(
             {site.with_tensor(tensor): value for tensor, value in exact.items()},
             {site.with_tensor(tensor): value for tensor, value in rough.items()},
         )
+        least = _SUSPECT_FLOOR * Floor.least(self._precision).rel_l2
+        suspect = any(
+            i.ratio is None or not i.ratio <= _SUSPECT or i.floor.rel_l2 > least for i in found.values()
+        )
+        if suspect and not self._can_run_again(call):
+            changed.append(str(site).removesuffix(".hidden"))
+            return {}
+        return found
 
-    def input_of(self, call: LayerCall, starts: Mapping[tuple[str, int], Tensor]) -> Tensor | None:
-        """The candidate's own input to the layer `[batch, token, channel]`, None where it does not show it.
+    def _can_run_again(self, call: LayerCall) -> bool:
+        """Whether the layer gives what it gave when it is run on what it was run on."""
+        hidden = self._input_of(call, self._reference, {})
+        if hidden is None:
+            return True
+        least = Floor.least(self._precision)
+        for tensor, value in self.run_layer(call, hidden, None, as_recorded=True).items():
+            site = call.site.with_tensor(tensor)
+            reference = self._reference(site)
+            if reference is None or reference.shape != value.shape:
+                continue
+            mask = self._mask_of(site, value)
+            ratio = least.ratio(compare_tensors(reference, value, axes=self._axes_of(site), mask=mask))
+            if ratio is not None and not ratio <= _SAME:
+                return False
+        return True
 
-        Args:
-            call: of the layer.
-            starts: inputs of each stack's first layer, see `run_outside`.
-        """
+    def input_of(self, call: LayerCall) -> Tensor | None:
+        """The candidate's own input to the layer `[batch, token, channel]`, None where it shows none."""
+        return self._input_of(call, self._candidate, self.starts if call.layer == 0 else {})
+
+    @property
+    def starts(self) -> Mapping[tuple[str, int], Tensor]:
+        """The candidate's own input of each stack's first layer by stack and call; none where what lies
+        outside the layers cannot be run on recorded ones."""
+        if self._starts is None:
+            self._starts = {}
+            with contextlib.suppress(Exception):
+                self._look_around()
+        return self._starts
+
+    def _input_of(
+        self, call: LayerCall, tensors: Tensors, starts: Mapping[tuple[str, int], Tensor]
+    ) -> Tensor | None:
         if call.hidden_at is None:
             return None
         if call.layer == 0:
             hidden = starts.get((call.stack, call.call), call.first_input)
         else:
-            hidden = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
+            hidden = tensors(Site(call.layer - 1, "hidden", call.stack, call.call))
         if hidden is None:
             return None
         # A copy: a layer may write into its input, and captures are read again.
@@ -123,6 +183,7 @@ class Replayer:
         *,
         within: contextlib.AbstractContextManager[object] | None = None,
         seen: Callable[[str, Tensor], None] | None = None,
+        as_recorded: bool = False,
     ) -> dict[str, Tensor]:
         """Tensors of the layer run on `hidden` `[batch, token, channel]`, by name.
 
@@ -132,6 +193,7 @@ class Replayer:
             run_in: precision to run it in, None for its own.
             within: entered around the call of the layer.
             seen: told of each tensor as it becomes known.
+            as_recorded: on the reference's other arguments, and not on what the candidate makes of them.
         """
         tensors: dict[str, Tensor] = {}
 
@@ -142,9 +204,12 @@ class Replayer:
 
         assert call.hidden_at is not None
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
+        for at, tensor in () if as_recorded else self._beside_of(call).items():
+            args, kwargs = replaced(args, kwargs, at, tensor)
         args = tuple(snapshot(value) for value in args)
         kwargs = {name: snapshot(value) for name, value in kwargs.items()}
-        self._give_past(call, args, kwargs)
+        if not as_recorded:
+            self._give_past(call, args, kwargs)
         # Only this layer is watched, under its own index: caches are read by it.
         stacks = [stack for stack in self._probe.stacks if stack.name == call.stack]
         with contextlib.ExitStack() as active:
@@ -163,11 +228,10 @@ class Replayer:
             if past is not None:
                 put_cached(caches_in(args, kwargs), call.layer, tensor, past.to(self._dtype))
 
-    def _outside(self, notes: list[str]) -> tuple[dict[tuple[str, int], Tensor], dict[Site, Introduced]]:
-        """Runs the model around its layers: the input of every stack's first layer, and the model's
-        outputs, on the candidate's hidden states."""
+    def _outside(self, notes: list[str]) -> dict[Site, Introduced]:
+        """Runs the model around its layers, on the candidate's hidden states: the model's outputs."""
         try:
-            starts, exact = self.run_outside(None)
+            self._look_around()
             _, rough = self.run_outside(self._run_in)
         except Exception as error:
             # The model does something with its layers' outputs that recorded ones do not allow.
@@ -175,14 +239,45 @@ class Replayer:
                 f"what lies outside the layers could not be replayed ({one_line(error)}); "
                 "its error is judged cumulatively"
             )
-            return {}, {}
+            self._starts = {}
+            return {}
         # An output that what the candidate's layers gave leaves as it was does not follow from it (but from
         # a cache beside them, say): its error stays cumulative.
-        exact = {name: value for name, value in exact.items() if not self._untouched(name, value)}
-        outputs = self._introduced(
+        exact = {name: value for name, value in self._outputs.items() if not self._untouched(name, value)}
+        self._outputs = {}  # logits may be large
+        return self._introduced(
             {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
         )
-        return starts, outputs
+
+    def _look_around(self) -> None:
+        """Runs the model around its layers on the candidate's hidden states and keeps what they make of the
+        inputs of stacks, of the model's outputs, and of what layers are given beside their hidden input."""
+        given: dict[CallKey, Beside] = {}
+        self._starts, self._outputs = self.run_outside(None, given=given)
+        calls = {call.key: call for call in self._probe.calls}
+        differing = {
+            key: {at: t for at, t in beside.items() if not _equal(t, calls[key].argument(at))}
+            for key, beside in given.items()
+        }
+        if not any(differing.values()):
+            return
+        # Where an argument follows from something else besides, as from a cache that no layer has filled
+        # here, the reference's hidden states do not make it what it was.
+        recorded: dict[CallKey, Beside] = {}
+        with contextlib.suppress(Exception):
+            self.run_outside(None, given=recorded, hidden_of=self._reference)
+        self._beside = {
+            key: {
+                at: t
+                for at, t in beside.items()
+                if _equal(recorded.get(key, {}).get(at), calls[key].argument(at))
+            }
+            for key, beside in differing.items()
+        }
+
+    def _beside_of(self, call: LayerCall) -> Beside:
+        _ = self.starts
+        return self._beside.get(call.key, {})
 
     def _handed_on(self, output: Any, site: Site) -> Any:
         """What a layer returned, with the candidate's key and value in place of the reference's: a model
@@ -211,6 +306,8 @@ class Replayer:
         *,
         within: contextlib.AbstractContextManager[object] | None = None,
         seen: Callable[[Tensor], None] | None = None,
+        hidden_of: Tensors | None = None,
+        given: dict[CallKey, Beside] | None = None,
     ) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
         """Runs the model with its layers replaced by the candidate's hidden states.
 
@@ -218,6 +315,8 @@ class Replayer:
             run_in: precision to run it in, None for its own.
             within: entered around the call of the model.
             seen: told of each hidden state before the model sees it.
+            hidden_of: other hidden states than the candidate's.
+            given: takes what each layer was given beside its hidden input.
 
         Returns:
             The input of each stack's first layer by stack and call, and the model's outputs by name.
@@ -230,11 +329,13 @@ class Replayer:
             def call(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 count = counts[stack, layer] = counts.get((stack, layer), 0) + 1
                 record = recorded[stack, layer, count]
+                if given is not None:
+                    given[stack, layer, count] = floating_beside(args, kwargs, record.hidden_at)
                 if layer == 0 and record.hidden_at is not None:
                     at = record.hidden_at
                     starts[stack, count] = args[at] if isinstance(at, int) else kwargs[at]
                 site = Site(layer, "hidden", stack, count)
-                hidden = self._candidate(site)
+                hidden = (hidden_of or self._candidate)(site)
                 hidden = self._reference(site) if hidden is None else hidden
                 if hidden is None:
                     raise LookupError(f"no hidden state at {site}")
@@ -277,3 +378,9 @@ class Replayer:
             metrics = compare_tensors(value, candidate, axes=axes, mask=mask)
             found[site] = Introduced(metrics, floor)
         return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    return one is other or (one.device == other.device and torch.equal(one, other))

@@ -8,7 +8,7 @@ the next layer that fails; only what it leaves there is looked for anew.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,6 @@ class Search:
         self._probe = probe
         self._replayer = replayer
         self._introduced = introduced
-        self._starts: Mapping[tuple[str, int], Any] | None = None
         self._runs = 0
         self._inside: dict[int, contextlib.ExitStack] = {}
 
@@ -215,12 +214,7 @@ class Search:
         call = calls.get((site.stack, site.layer or 0, site.call))
         if call is None or call.hidden_at is None:
             return None
-        if call.layer == 0 and self._starts is None:
-            try:
-                self._starts, _ = self._replayer.run_outside(None)
-            except Exception:
-                self._starts = {}
-        hidden = self._replayer.input_of(call, self._starts or {})
+        hidden = self._replayer.input_of(call)
         if hidden is None:
             hidden = self._given.reference(Site(call.layer - 1, "hidden", call.stack, call.call))
         if hidden is None:

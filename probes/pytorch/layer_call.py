@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from divergence.sites import Site
+
 _HIDDEN_NAMES = ("hidden_states", "hidden", "x", "src", "tgt", "input", "inputs")
+
+
+CallKey = tuple[str, int, int]
+Beside = dict[int | str, Tensor]
+"""Floating tensors that a layer is given beside its hidden input, by position or name."""
 
 
 @dataclass
@@ -39,6 +46,22 @@ class LayerCall:
     output: Any = None
     device_in: torch.device | None = None
     device_out: torch.device | None = None
+
+    @property
+    def key(self) -> CallKey:
+        """Stack, layer and call."""
+        return self.stack, self.layer, self.call
+
+    @property
+    def site(self) -> Site:
+        """Its hidden output."""
+        return Site(self.layer, "hidden", self.stack, self.call)
+
+    def argument(self, at: int | str) -> Any:
+        """What it was given at a position or by a name, None where it was not."""
+        if isinstance(at, int):
+            return self.args[at] if at < len(self.args) else None
+        return self.kwargs.get(at)
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -83,20 +106,36 @@ def replaced(
     return args, {**kwargs, at: value}
 
 
+def floating_beside(args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden_at: int | str | None) -> Beside:
+    """The floating tensors among a layer's arguments without its hidden input."""
+    return {at: v for at, v in _floating(args, kwargs) if at != hidden_at}
+
+
 def find_hidden(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], previous: Tensor | None
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], previous: Tensor | None, others: Sequence[Tensor] = ()
 ) -> int | str | None:
-    """Which argument is the hidden input: the previous layer's output itself, else a floating
-    tensor in first position or under a usual name, else the first floating tensor."""
-    slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    floating = [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
+    """Which argument is the hidden input: the previous layer's output itself, else a floating tensor in first
+    position or under a usual name, else the first floating tensor.
+
+    Args:
+        args, kwargs: of the layer.
+        previous: output of the layer before it in its stack.
+        others: last outputs of other stacks, which a layer attends to; taken if there is nothing else.
+    """
+    floating = _floating(args, kwargs)
     for at, value in floating:
         if value is previous:
             return at
-    named = [at for at, _ in floating if at == 0 or at in _HIDDEN_NAMES]
+    own = [(at, v) for at, v in floating if not any(v is other for other in others)] or floating
+    named = [at for at, _ in own if at == 0 or at in _HIDDEN_NAMES]
     if named:
         return named[0]
-    return floating[0][0] if floating else None
+    return own[0][0] if own else None
+
+
+def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Tensor]]:
+    slots: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    return [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
 
 
 def snapshot(value: Any) -> Any:

@@ -77,7 +77,7 @@ class LayerObserver:
         self._only = only
         self._counts: dict[tuple[str, int], int] = {}
         self._current: list[_Current] = []
-        self._last_hidden: Tensor | None = None
+        self._last_hidden: dict[str, Tensor] = {}
         self._exit = contextlib.ExitStack()
         self._watch = AttentionWatch(self._seen)
 
@@ -155,7 +155,8 @@ class LayerObserver:
         site = current.site
         assert site.layer is not None
         call = LayerCall(stack.name, site.layer, site.call, stack.layers[site.layer], args, dict(kwargs))
-        call.hidden_at = find_hidden(args, kwargs, self._last_hidden)
+        others = [hidden for name, hidden in self._last_hidden.items() if name != stack.name]
+        call.hidden_at = find_hidden(args, kwargs, self._last_hidden.get(stack.name), others)
         if call.hidden_at is not None:
             hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
             call.device_in = hidden.device
@@ -178,7 +179,7 @@ class LayerObserver:
         hidden = first_tensor(output)
         if hidden is None:
             return
-        self._last_hidden = hidden
+        self._last_hidden[current.site.stack] = hidden
         if record is not None:
             record.output = with_first_tensor(output, None)
             record.device_out = hidden.device

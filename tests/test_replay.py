@@ -1,0 +1,156 @@
+"""Replay gives a layer what the candidate gives it, and does not judge by one that it cannot run again."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from divergence.probes import silent
+from divergence.probes.pytorch import PyTorchProbe
+from tests.test_pipeline import judged, stored
+
+HIDDEN = 32
+
+
+class Block(nn.Module):
+    """A residual layer that attends to `memory` if there is any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(HIDDEN, 4, batch_first=True)
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.mlp = nn.Sequential(nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN))
+
+    def forward(self, memory: Tensor, hidden: Tensor) -> Tensor:
+        read = self.norm(memory).to(hidden.dtype)
+        hidden = hidden + self.attention(self.norm(hidden), read, read, need_weights=False)[0]
+        result: Tensor = hidden + self.mlp(self.norm(hidden))
+        return result
+
+
+class Reader(nn.Module):
+    """A decoder that attends to the last layer of an encoder, which is its first argument; `skip` hands the
+    first layer of the encoder to the last one as well."""
+
+    def __init__(self, depth: int = 12, *, amplified: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.encoder = nn.ModuleList(Block() for _ in range(depth))
+        self.decoder = nn.ModuleList(Block() for _ in range(4))
+        with torch.no_grad():
+            for block in self.encoder:
+                block.get_parameter("mlp.2.weight").mul_(amplified)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (t.to(self.decoder[0].get_parameter("norm.weight").dtype) for t in (x, y))
+        for block in self.encoder:
+            x = block(x, x)
+        for block in self.decoder:
+            y = block(x, y)
+        return y
+
+
+def given() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(2, tokens, HIDDEN, generator=generator) for name, tokens in (("x", 24), ("y", 16))
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_what_a_decoder_attends_to_is_the_candidates(precision: str) -> None:
+    model = Reader(amplified=5.0)  # the encoder's own error is far beyond a decoder layer's floor
+    result = judged(model, stored(model, precision), given())
+    assert result.verdict == "pass", result.reason
+    site = result.site("decoder.layers.0.hidden")
+    assert site.introduced is not None and site.rel_l2 is not None
+    assert site.introduced_ratio is not None and site.introduced_ratio < 2
+
+
+def test_an_error_of_the_encoder_is_no_error_of_the_decoder() -> None:
+    model = Reader()
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.encoder[5].get_parameter("mlp.0.weight").mul_(1.05)
+    result = judged(model, wrong, given())
+    assert [s.site for s in result.sites if s.verdict == "fail" and s.layer is not None] == [
+        "encoder.layers.5.hidden"
+    ]
+    assert [cause.id for cause in result.causes] == ["weight_scale"]
+
+
+def test_the_memory_is_not_taken_for_the_hidden_input() -> None:
+    probe = PyTorchProbe(Reader(2))
+    probe.run(given(), lambda _: None, progress=silent, record=True)
+    assert {call.hidden_at for call in probe.calls if call.stack == "decoder"} == {1}
+
+
+def test_a_deep_t5_in_half_precision_passes() -> None:
+    config = T5Config(
+        vocab_size=61, d_model=48, d_kv=12, num_layers=10, num_decoder_layers=3, num_heads=4, d_ff=96
+    )
+    torch.manual_seed(0)
+    model: Any = T5ForConditionalGeneration(config).eval()
+    ids = torch.arange(48).reshape(2, 24) % 61
+    result = judged(model, stored(model, "bf16"), {"input_ids": ids, "decoder_input_ids": ids[:, :10]})
+    assert result.verdict == "pass", result.reason
+    assert all(s.introduced_ratio is None or s.introduced_ratio < 2 for s in result.sites)
+
+
+class Counting(nn.Module):
+    """A layer whose answer depends on how often it was called since the model began, if `counts`."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.block = Block()
+        self.counts = counts
+        self.calls = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.calls += 1
+        added: Tensor = self.block(hidden, hidden)
+        return hidden + added / self.calls if self.counts else hidden + added
+
+
+class Stateful(nn.Module):
+    """Four layers of which the second counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(Counting(counts=index == 1) for index in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.layers[0].get_parameter("block.norm.weight").dtype)
+        for layer in self.layers:
+            assert isinstance(layer, Counting)
+            layer.calls = 0
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_layer_that_cannot_be_run_again_is_judged_cumulatively() -> None:
+    model, inputs = Stateful(), {"x": given()["x"]}
+    result = judged(model, stored(model, "fp16"), inputs, replay="always")
+    assert result.verdict == "pass", result.reason
+    (note,) = [note for note in result.notes if "run again" in note]
+    assert note.startswith("layers.1: ")
+    replayed = {s.layer: s.introduced is not None for s in result.sites if s.layer is not None}
+    assert replayed == {0: True, 1: False, 2: True, 3: True}
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_a_fault_beside_or_in_such_a_layer_is_found(layer: int) -> None:
+    model = Stateful()
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.layers[layer].get_parameter("block.mlp.2.weight").mul_(1.5)
+    result = judged(model, stored(wrong, "fp16"), {"x": given()["x"]})
+    assert result.first_divergence is not None
+    assert result.first_divergence.site == f"layers.{layer}.hidden"
