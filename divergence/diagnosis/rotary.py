@@ -1,15 +1,16 @@
 """Finds the rotary embedding in a layer, wherever its cosines and sines come from, and changes it.
 
 Products with a tensor that does not depend on the hidden input are the mark: two such tensors whose
-squares add up to a constant are cosine and sine. Positions and inverse frequencies are read back from
-them, so that an embedding outside the layers, a table in a buffer and one computed in the layer are
-the same here. RoPE: Su et al. 2021, arXiv:2104.09864.
+squares add up to a constant are cosine and sine, and a complex one of constant modulus is both.
+Positions and inverse frequencies are read back from them, so that an embedding outside the layers, a
+table in a buffer and one computed in the layer are the same here. RoPE: Su et al. 2021, arXiv:2104.09864.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault, LayerUnit
 from divergence.diagnosis.trace import Call, Handler, Operator, Trace
 
+Part = Literal["cosines", "sines", "both"]
 _FARTHEST = 1 << 14  # largest first position that is looked for
 
 
@@ -65,14 +67,15 @@ class Rotary:
     """The rotary embedding of a layer.
 
     Attributes:
-        uses: for each product, whether it takes sines, their position among its arguments, their form.
+        uses: for each product, what it takes (`both` as complex numbers), its position among the arguments,
+            its form.
         positions: `[rows, token]`, whole numbers.
         frequencies: inverse frequencies `[frequency]`, float32, as many as the tables have columns.
         amplitude: of cosine and sine, 1 unless the embedding scales attention.
         turns: the tensors that are turned.
     """
 
-    uses: Mapping[int, tuple[bool, int, Table]]
+    uses: Mapping[int, tuple[Part, int, Table]]
     positions: Tensor
     frequencies: Tensor
     amplitude: float
@@ -87,9 +90,10 @@ class Rotary:
 
         def make() -> dict[int, Handler]:
             cos, sin = (rounding(f(angles.float())) * self.amplitude for f in (torch.cos, torch.sin))
+            made = {"cosines": cos, "sines": sin, "both": torch.complex(cos, sin)}
             return {
-                index: _replacing(table.operand(sin if is_sine else cos), at)
-                for index, (is_sine, at, table) in self.uses.items()
+                index: _replacing(table.operand(made[part]), at)
+                for index, (part, at, table) in self.uses.items()
             }
 
         return Fault(operators=make)
@@ -151,41 +155,62 @@ def _find(case: Case) -> Rotary | None:
         return None
     tokens = case.unit.hidden.shape[-2]
     tables = {i: t for i, t in case.trace.constants.items() if _table(t, tokens) is not None}
-    pairs = _paired(tables)
-    if pairs is None:
+    parts = _complex(tables) or _paired({i: t for i, t in tables.items() if not t.is_complex()})
+    first = next(iter(parts), None)
+    form = _table(tables[first], tokens) if first is not None else None
+    if first is None or form is None:
         return None
-    cosines, sines = pairs
-    first = next(iter(cosines))
-    form = _table(tables[first], tokens)
-    sine = next((s for s in sines if tables[s].shape == tables[first].shape), None)
-    if form is None or sine is None:
-        return None
-    cos, sin = (form.canonical(tables[i].to(torch.float64)) for i in (first, sine))
-    amplitude = float((cos.square() + sin.square()).mean().sqrt())
-    read = _read_back(torch.complex(cos, sin) / amplitude)
+    if parts[first] == "both":
+        unit = form.canonical(tables[first].to(torch.complex128))
+    else:
+        alike = (i for i, part in parts.items() if part == "sines" and tables[i].shape == tables[first].shape)
+        sine = next(alike, None)
+        if sine is None:
+            return None
+        unit = torch.complex(*(form.canonical(tables[i].double()) for i in (first, sine)))
+    amplitude = float(unit.abs().square().mean().sqrt())
+    read = _read_back(unit / amplitude)
     if read is None:
         return None
     positions, frequencies = read
-    uses = {}
-    for index, is_sine in [*((i, False) for i in cosines), *((i, True) for i in sines)]:
+    uses: dict[int, tuple[Part, int, Table]] = {}
+    for index, part in parts.items():
         table = _table(tables[index], tokens)
         assert table is not None
-        uses[index] = (is_sine, case.trace.operators[index].dependent.index(False), table)
+        uses[index] = (part, case.trace.operators[index].dependent.index(False), table)
     known = _known(case.given.model.named_buffers(), frequencies)
-    turns = tuple(_turns(case.trace, {i: table for i, (_, _, table) in uses.items()}))
+    turning = _complex_turns if parts[first] == "both" else _turns
+    turns = tuple(turning(case.trace, {i: table for i, (_, _, table) in uses.items()}))
     return Rotary(uses, positions, known.float(), amplitude, turns)
 
 
 def _table(tensor: Tensor, tokens: int) -> Table | None:
     """The form of a tensor that could hold cosines: one axis of tokens, at least two frequencies."""
-    if not tensor.is_floating_point() or tensor.dim() < 2 or tensor.shape[-1] < 2 or tokens < 2:
+    if (
+        not (tensor.is_floating_point() or tensor.is_complex())
+        or tensor.dim() < 2
+        or tensor.shape[-1] < 2
+        or tokens < 2
+    ):
         return None
     axes = [i for i in range(tensor.dim() - 1) if tensor.shape[i] == tokens]
     return Table(tensor.shape, axes[-1]) if axes else None
 
 
-def _paired(tables: Mapping[int, Tensor]) -> tuple[list[int], list[int]] | None:
-    """Which products take cosines and which sines."""
+def _complex(tables: Mapping[int, Tensor]) -> dict[int, Part]:
+    """The products with complex numbers of constant modulus."""
+    found: dict[int, Part] = {}
+    for index, tensor in tables.items():
+        if tensor.is_complex():
+            modulus = tensor.to(torch.complex128).abs()
+            mean = float(modulus.mean())
+            if mean > 0.1 and float((modulus - mean).abs().max()) < 1e-2 * mean:
+                found[index] = "both"
+    return found
+
+
+def _paired(tables: Mapping[int, Tensor]) -> dict[int, Part]:
+    """Which products take cosines and which sines; none where no two add up."""
     distinct: dict[tuple[float, ...], list[int]] = {}
     for index, tensor in tables.items():
         wide = tensor.double()
@@ -200,8 +225,10 @@ def _paired(tables: Mapping[int, Tensor]) -> tuple[list[int], list[int]] | None:
             squares = a.square() + b.square()
             mean = float(squares.mean())
             if mean > 0.1 and float((squares - mean).abs().max()) < 1e-2 * mean:
-                return (left, right) if float(a.mean()) > float(b.mean()) else (right, left)
-    return None
+                cosines, sines = (left, right) if float(a.mean()) > float(b.mean()) else (right, left)
+                found: dict[int, Part] = dict.fromkeys(cosines, "cosines")
+                return found | dict.fromkeys(sines, "sines")
+    return {}
 
 
 def _read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -272,6 +299,20 @@ def _turns(trace: Trace, uses: Mapping[int, Table]) -> Iterator[Turn]:
             continue
         done |= {p.index for p in parts}
         yield Turn(before, after.index, table)
+
+
+def _complex_turns(trace: Trace, uses: Mapping[int, Table]) -> Iterator[Turn]:
+    """Of products of complex numbers: their channels before and after are twice as many real ones."""
+    moves = _MOVES | {"view_as_complex", "view_as_real", "contiguous"}
+    for index, table in uses.items():
+        width = (2 * table.shape[-1],)
+        before = [o.index for o in trace.upstream(index, moves) if o.shape[-1:] == width]
+        later = (o for o in trace.operators.values() if o.index > index and o.shape[-1:] == width)
+        after = next(
+            (o.index for o in later if any(u.index == index for u in trace.upstream(o.index, moves))), None
+        )
+        if before and after is not None:
+            yield Turn(max(before), after, table)
 
 
 def _common(trace: Trace, joined: list[Operator], width: int) -> int | None:
