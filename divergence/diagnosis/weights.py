@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from divergence.diagnosis.trace import Call
 
 _PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
 
@@ -24,6 +28,8 @@ class Part:
         role: `query`, `key` or `value` where it is a part of a fused one, else "".
         axis: along which the parts lie: that of the outputs.
         start, stop: the part, all of it where `stop` is None.
+        groups: how many times the rows begin anew: 1 where all queries lie before all keys, the number of
+            heads of keys where each has its own queries, key and value side by side.
     """
 
     name: str
@@ -31,14 +37,16 @@ class Part:
     axis: int = 0
     start: int = 0
     stop: int | None = None
+    groups: int = 1
 
     def __str__(self) -> str:
         return f"{self.name} ({self.role})" if self.role else self.name
 
     def of(self, parameter: Tensor) -> Tensor:
-        """The part as a view."""
-        stop = parameter.shape[self.axis] if self.stop is None else self.stop
-        return parameter.narrow(self.axis, self.start, stop - self.start)
+        """The rows of the part."""
+        if self.stop is None:
+            return parameter
+        return parameter.index_select(self.axis, self._rows(parameter))
 
     def change(self, function: Callable[[Tensor], Tensor]) -> Change:
         """A change of the parameter that changes this part alone."""
@@ -46,11 +54,14 @@ class Part:
         def changed(parameter: Tensor) -> Tensor:
             if self.stop is None:
                 return function(parameter)
-            copy = parameter.clone()
-            self.of(copy).copy_(function(self.of(parameter)))
-            return copy
+            rows = self._rows(parameter)
+            return parameter.index_copy(self.axis, rows, function(self.of(parameter)))
 
         return changed
+
+    def _rows(self, parameter: Tensor) -> Tensor:
+        rows = torch.arange(parameter.shape[self.axis], device=parameter.device)
+        return rows.view(self.groups, -1)[:, self.start : self.stop].flatten()
 
 
 def fault(parts: list[Part] | tuple[Part, ...], function: Callable[[Tensor], Tensor]) -> Fault:
@@ -109,7 +120,7 @@ def projection(case: Case, tensor: str) -> Part | None:
         operator = case.trace.operators[index]
         for name in operator.parameters:
             if named[name].dim() == 2 and operator.name in _PRODUCTS:
-                found = _parts(case, name)
+                found = _all_parts(case, name)
                 return next(
                     (part for part in found if part.role == tensor), found[0] if len(found) == 1 else None
                 )
@@ -119,7 +130,7 @@ def projection(case: Case, tensor: str) -> Part | None:
 def bias_of(case: Case, part: Part) -> Part | None:
     """The bias that belongs to a weight."""
     name = f"{part.name.rpartition('.')[0]}.bias".lstrip(".")
-    return Part(name, part.role, 0, part.start, part.stop) if name in parameters(case) else None
+    return replace(part, name=name, axis=0) if name in parameters(case) else None
 
 
 def parameters(case: Case) -> Mapping[str, Tensor]:
@@ -137,8 +148,16 @@ def _named(case: Case, axes: int) -> list[str]:
 
 
 def _parts(case: Case, name: str) -> list[Part]:
-    """A fused projection of query, key and value in parts: what lies before the last two widths is the
-    query."""
+    """A fused projection of query, key and value in those parts that the site depends on."""
+    found = _all_parts(case, name)
+    if case.tensor in ("key", "value") and len(found) > 1:
+        return [part for part in found if part.role == case.tensor]
+    return found
+
+
+def _all_parts(case: Case, name: str) -> list[Part]:
+    """A fused projection of query, key and value in parts: what lies before the last two widths, of all
+    rows or of those of a head, is the query."""
     key, value = (case.clean.get(t) for t in ("key", "value"))
     if key is None or value is None or key.dim() != 4 or value.dim() != 4:
         return [Part(name)]
@@ -146,16 +165,45 @@ def _parts(case: Case, name: str) -> list[Part]:
         return [Part(name)]
     parameter = parameters(case)[name]
     axis = output_axis(case, name) if parameter.dim() == 2 else 0
-    widths = key.shape[1] * key.shape[3], value.shape[1] * value.shape[3]
     total = parameter.shape[axis]
-    if not _is_projection(case, name) or total <= sum(widths):
+    if (
+        not _is_projection(case, name)
+        or total <= key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3]
+    ):
         return [Part(name)]
-    starts = (0, total - sum(widths), total - widths[1], total)
-    found = [
-        Part(name, role, axis, starts[i], starts[i + 1]) for i, role in enumerate(("query", "key", "value"))
+    groups = _groups(case, name, total, value.shape[1])
+    width, heads = total // groups, value.shape[1] // groups
+    stops = (width - (key.shape[3] + value.shape[3]) * heads, width - value.shape[3] * heads, width)
+    starts = (0, *stops)
+    return [
+        Part(name, role, axis, starts[i], stops[i], groups)
+        for i, role in enumerate(("query", "key", "value"))
     ]
-    if case.tensor in ("key", "value"):
-        return [part for part in found if part.role == case.tensor]
+
+
+def _groups(case: Case, name: str, total: int, heads: int) -> int:
+    """Whether the rows of each head lie together: the number of heads then, else 1. It is seen from where
+    the value of a token comes from when the projection gives the numbers of its rows."""
+    known = f"groups {name}"
+    if known not in case.memory:
+        users = [
+            o.index for o in case.trace.operators.values() if name in o.parameters and o.name in _PRODUCTS
+        ]
+
+        def numbered(call: Call) -> object:
+            made = call.run()
+            return torch.arange(total, device=made.device).to(made.dtype).expand(made.shape).contiguous()
+
+        try:
+            value = case.unit.run([Fault(operators=lambda: dict.fromkeys(users, numbered))])["value"]
+        except Exception:  # a model's code may not bear such numbers
+            value = case.clean["value"]
+        together = False
+        if heads > 1 and total % heads == 0:
+            rows = torch.arange(total, device=value.device).to(value.dtype).view(heads, -1)
+            together = torch.equal(value[0, :, 0], rows[:, -value.shape[-1] :])
+        case.memory[known] = heads if together else 1
+    found: int = case.memory[known]
     return found
 
 
