@@ -1,0 +1,78 @@
+"""Faults in models that are built otherwise than most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from divergence.diagnosis.causes import CAUSES, rope_position
+from divergence.diagnosis.hypotheses import Trial
+from divergence.result import Cause
+from tests.diagnosis.faults import diagnosed, layer, planted
+from tests.models import MODELS, VOCABULARY, inputs_for
+
+
+def built(kind: str, **config: Any) -> Any:
+    """A small random model of a kind of transformers, every parameter of it random."""
+    import transformers
+
+    made = getattr(transformers, kind)
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 3, **config}
+    generator = torch.Generator().manual_seed(0)
+    model = made(made.config_class(**settings)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            norm = "norm" in name or "ln" in name
+            parameter.copy_(1 + 0.1 * noise if norm and "bias" not in name else 0.15 * noise)
+    return model
+
+
+def first_cause(reference: Any, fault: Callable[[Any], None], tokens: int = 40) -> Cause:
+    """The first cause that is named for a model with a fault planted."""
+    return diagnosed(reference, planted(reference, fault), inputs_for("llama", 1, tokens)).causes[0]
+
+
+def phi(base: float = 10_000.0, part: float = 0.5) -> Any:
+    """Phi, which turns a part of every head."""
+    rotary = {"rope_type": "default", "rope_theta": base, "partial_rotary_factor": part}
+    return built("PhiForCausalLM", intermediate_size=64, num_attention_heads=4, rope_parameters=rotary)
+
+
+@pytest.mark.parametrize("part", [0.25, 0.5, 1.0])
+def test_the_base_of_a_rotary_embedding_of_part_of_a_head_is_found(part: float) -> None:
+    inputs = inputs_for("llama", 1, 40)
+    cause = diagnosed(phi(part=part), phi(base=70_000.0, part=part), inputs).causes[0]
+    assert (cause.id, cause.site) == ("rope_position", "layers.0.key")
+    assert cause.parameters["base"] == pytest.approx(70_000, rel=0.02)
+    assert cause.explained is not None and cause.explained > 0.999
+
+
+def test_less_than_half_a_head_turned_does_not_cost_the_other_causes_their_turn() -> None:
+    def fault(model: Any) -> None:
+        model.model.layers[1].mlp.fc2.weight.mul_(1.1)
+
+    cause = first_cause(phi(part=0.25), fault)
+    assert (cause.id, cause.site) == ("weight_scale", "layers.1.hidden")
+
+
+def test_a_cause_whose_trials_cannot_be_made_is_a_note_and_the_others_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(_: object) -> Iterator[Trial]:
+        raise RuntimeError("no such table")
+
+    reference = MODELS["llama"]()
+    monkeypatch.setattr(rope_position, "trials", broken)
+    candidate = planted(reference, lambda model: layer(model, 1).self_attn.v_proj.weight.mul_(1.02))
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert [c.id for c in result.causes] == ["weight_scale"]
+    candidate = planted(reference, lambda model: setattr(layer(model, 1).mlp, "act_fn", nn.ReLU()))
+    monkeypatch.setattr("divergence.diagnosis.search.CAUSES", (rope_position, *CAUSES))
+    result = diagnosed(reference, candidate, inputs_for("llama"))
+    assert [c.id for c in result.causes] == ["activation"]
+    assert any("rope_position could not be emulated" in note for note in result.notes)
