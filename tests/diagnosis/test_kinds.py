@@ -76,3 +76,22 @@ def test_a_cause_whose_trials_cannot_be_made_is_a_note_and_the_others_are_tried(
     result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == ["activation"]
     assert any("rope_position could not be emulated" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2"])
+def test_a_whole_checkpoint_that_was_half_precision_once_is_told(kind: str) -> None:
+    def fault(model: Any) -> None:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16().float())
+
+    def spread(model: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+    cause = first_cause(planted(MODELS[kind](), spread), fault)
+    assert (cause.id, cause.site) == ("weight_precision", "layers.0.key")
+    assert cause.parameters["precision"] == "bf16"
+    assert "layers.2.key" in cause.parameters["sites"]
+    # The sum of two embeddings that are rounded each is not the rounded sum.
+    assert cause.explained is not None and cause.explained > (0.999 if kind == "llama" else 0.6)
