@@ -32,6 +32,8 @@ MASSIVE = 30.0
 """A channel of more than this many times the median channel is a massive activation."""
 
 _LEAST = 1e-12
+_STEPS = (1.0, 0.5, 0.25, 0.1)  # shares of a step of Newton's that are tried: it may lead too far
+_SMALL = 0.03  # a step smaller than this, relative to the parameter, is not shortened
 
 
 @dataclass(frozen=True)
@@ -375,9 +377,13 @@ def estimate(
         steep = float(slope.square().sum())
         if steep == 0.0 or not math.isfinite(steep):
             break
-        value = best + float(((error - made) * slope).sum()) / steep
-        again = case.emulated(build(value))
-        now = share(error, again)
+        move = float(((error - made) * slope).sum()) / steep
+        for part in _STEPS:
+            value = best + part * move
+            again = case.emulated(build(value))
+            now = share(error, again)
+            if now > explained or abs(part * move) < _SMALL * abs(best):
+                break
         if not now > explained:
             break
         gained, best, made, explained = now - explained, value, again, now

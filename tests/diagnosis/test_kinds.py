@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from divergence.diagnosis.causes import CAUSES, rope_position
 from divergence.diagnosis.hypotheses import Trial
@@ -95,3 +95,28 @@ def test_a_whole_checkpoint_that_was_half_precision_once_is_told(kind: str) -> N
     assert "layers.2.key" in cause.parameters["sites"]
     # The sum of two embeddings that are rounded each is not the rounded sum.
     assert cause.explained is not None and cause.explained > (0.999 if kind == "llama" else 0.6)
+
+
+def _attending(model: Any, change: Callable[[Tensor], Tensor]) -> None:
+    """Has attention add another mask than the reference's."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    def attend(module: Any, query: Any, key: Any, value: Any, mask: Tensor, **kwargs: Any) -> Any:
+        return eager_attention_forward(module, query, key, value, change(mask), **kwargs)
+
+    AttentionInterface.register("otherwise", attend)
+    AttentionMaskInterface.register("otherwise", eager_mask)
+    model.config._attn_implementation = "otherwise"
+
+
+@pytest.mark.parametrize("value", [-5.0, -8.5])
+@pytest.mark.parametrize("kind", ["llama", "llama-eager"])
+def test_what_too_weak_a_mask_adds_is_estimated(kind: str, value: float) -> None:
+    def fault(model: Any) -> None:
+        _attending(model, lambda mask: mask.clamp(min=value))
+
+    cause = first_cause(MODELS[kind](), fault)
+    assert (cause.id, cause.site) == ("mask_leak", "layers.0.hidden")
+    assert cause.parameters["value"] == pytest.approx(value, rel=1e-3)

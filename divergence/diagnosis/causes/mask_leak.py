@@ -46,7 +46,7 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"attention {number} weak",
             title="the attention mask adds {value:.4g} to what it should hide, which is too little",
             fault=_weak(attention),
-            starts=(-1.0, -3.0, -10.0),
+            starts=(-1.0, -3.0, -6.0, -10.0, -15.0),
             accept=lambda value: value > -200,
             parameters=lambda value: {"value": value},
             fix=_FIX.format(what="use the lowest finite value of the scores' dtype (torch.finfo(dtype).min)"),
