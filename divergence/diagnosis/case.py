@@ -32,6 +32,7 @@ MASSIVE = 30.0
 """A channel of more than this many times the median channel is a massive activation."""
 
 _LEAST = 1e-12
+_ROUNDING = 0.03  # share of a square that rounding may make up
 _STEPS = (1.0, 0.5, 0.25, 0.1)  # shares of a step of Newton's that are tried: it may lead too far
 _SMALL = 0.03  # a step smaller than this, relative to the parameter, is not shortened
 
@@ -297,12 +298,22 @@ class Case:
         }
         return Fit(explained, self._convincing(explained), each, shown, left)
 
+    @cached_property
+    def _held(self) -> float:
+        """Square of the candidate's tensor at the site."""
+        return float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
+
+    def leaves_rounding(self, fit: Fit) -> bool:
+        """Whether a fault leaves no more than rounding, both of the error and of what the candidate holds at
+        the site: next to the reference's tensor all that is small is zero."""
+        left = (1.0 - fit.explained) * float(self.error[self.tensor].square().sum())
+        return 1.0 - fit.explained <= max(_ROUNDING, 4 * self.noise) and left <= _ROUNDING * self._held
+
     def _convincing(self, explained: float) -> bool:
         error = float(self.error[self.tensor].square().sum())
         left = (1.0 - explained) * error
-        held = float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
         noise = (self.floor(self.tensor) * float(self.valid_clean(self.tensor).norm())) ** 2
-        return explained > ENOUGH and left < (1 - ENOUGH) * max(held, 4 * noise, 1e-4 * error)
+        return explained > ENOUGH and left < (1 - ENOUGH) * max(self._held, 4 * noise, 1e-4 * error)
 
     def emulated(self, fault: Fault) -> Tensor:
         """The error at the site that `fault` makes. Only what lies between the two is computed."""

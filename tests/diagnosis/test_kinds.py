@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from divergence.diagnosis.causes import CAUSES, rope_position
 from divergence.diagnosis.hypotheses import Trial
 from divergence.result import Cause
-from tests.diagnosis.faults import diagnosed, layer, planted
+from tests.diagnosis.faults import diagnosed, every, layer, planted
 from tests.models import MODELS, VOCABULARY, inputs_for
 
 
@@ -120,3 +120,69 @@ def test_what_too_weak_a_mask_adds_is_estimated(kind: str, value: float) -> None
     cause = first_cause(MODELS[kind](), fault)
     assert (cause.id, cause.site) == ("mask_leak", "layers.0.hidden")
     assert cause.parameters["value"] == pytest.approx(value, rel=1e-3)
+
+
+@pytest.mark.parametrize("gain", [0.001, 0.01, 0.02])
+def test_a_weight_that_is_nearly_gone_is_no_weight_of_zeros(gain: float) -> None:
+    def fault(model: Any) -> None:
+        layer(model, 1).self_attn.v_proj.weight.mul_(gain)
+
+    cause = first_cause(MODELS["llama"](), fault)
+    assert (cause.id, cause.site) == ("weight_scale", "layers.1.value")
+    assert cause.parameters["gain"] == pytest.approx(gain, rel=1e-3)
+
+
+def test_bits_of_fp16_read_as_bf16_are_no_weight_of_zeros() -> None:
+    def fault(model: Any) -> None:
+        weight = layer(model, 1).self_attn.v_proj.weight
+        weight.copy_(weight.half().view(torch.bfloat16).float())
+
+    cause = first_cause(MODELS["llama"](), fault)
+    assert (cause.id, cause.site) == ("dtype_misread", "layers.1.value")
+    assert (cause.parameters["written"], cause.parameters["read"]) == ("fp16", "bf16")
+
+
+def test_most_of_an_error_does_not_make_a_weight_zero() -> None:
+    """What attention adds is lost behind the norm of the MLP, which still saw it."""
+
+    def fault(model: Any) -> None:
+        one = layer(model, 1)
+
+        def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+            attended = one.self_attn(hidden_states=one.input_layernorm(hidden_states), **kwargs)[0]
+            return hidden_states + one.mlp(one.post_attention_layernorm(hidden_states + attended))
+
+        one.forward = forward
+
+    reference = MODELS["llama"]()
+    with torch.no_grad():
+        layer(reference, 1).self_attn.o_proj.weight.mul_(3)
+    cause = first_cause(reference, fault)
+    assert (cause.id, cause.site) == ("unknown", "layers.1.hidden")
+
+
+@pytest.mark.parametrize("squared", [lambda x: x.relu().square(), lambda x: x.relu() ** 2])
+def test_a_square_left_out_after_the_activation_is_told(squared: Callable[[Tensor], Tensor]) -> None:
+    def act(function: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+        return every(lambda one: one.mlp.__dict__.update(act_fn=function))
+
+    reference = planted(MODELS["llama"](), every(lambda one: delattr(one.mlp, "act_fn")))
+    reference = planted(reference, act(squared))
+    cause = first_cause(reference, act(torch.relu))
+    assert (cause.id, cause.site) == ("activation", "layers.0.hidden")
+    assert cause.parameters == {
+        "activation": "relu",
+        "reference": "squared relu",
+        "sites": ["layers.0.hidden", "layers.1.hidden", "layers.2.hidden"],
+    }
+
+
+def test_no_epsilon_that_nobody_sets_is_named() -> None:
+    """A branch that is lost in part looks like a norm that makes little of its input."""
+
+    def fault(model: Any) -> None:
+        norm = layer(model, 1).post_attention_layernorm
+        norm.variance_epsilon = 0.9
+
+    cause = first_cause(MODELS["llama"](), fault)
+    assert cause.id != "norm_eps"
