@@ -59,11 +59,12 @@ def fault(parts: list[Part] | tuple[Part, ...], function: Callable[[Tensor], Ten
     for part in parts:
         change = part.change(function)
         before = changes.get(part.name)
-        changes[part.name] = change if before is None else _then(before, change)
+        changes[part.name] = change if before is None else then(before, change)
     return Fault(parameters=changes)
 
 
-def _then(first: Change, second: Change) -> Change:
+def then(first: Change, second: Change) -> Change:
+    """Both changes, one after the other."""
     return lambda parameter: second(first(parameter))
 
 

@@ -186,3 +186,27 @@ def test_no_epsilon_that_nobody_sets_is_named() -> None:
 
     cause = first_cause(MODELS["llama"](), fault)
     assert cause.id != "norm_eps"
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("llama", ("q_proj", "k_proj")),
+        ("qwen2", ("q_proj", "k_proj")),
+        ("qwen3", ("k_proj",)),
+        ("llama", ("q_proj",)),
+    ],
+)
+def test_rows_laid_out_for_the_other_rotary_embedding_are_told(kind: str, names: tuple[str, ...]) -> None:
+    def fault(model: Any) -> None:
+        for name in names:
+            for tensor in layer(model, 1).self_attn.get_submodule(name).parameters():
+                tensor.copy_(tensor.unflatten(0, (-1, 2, 4)).transpose(1, 2).flatten(0, 2))
+
+    qwen2 = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    reference = built("Qwen2ForCausalLM", **qwen2) if kind == "qwen2" else MODELS[kind]()
+    cause = first_cause(reference, fault)
+    tensor = "key" if "k_proj" in names else "hidden"
+    assert (cause.id, cause.site) == ("weight_permuted", f"layers.1.{tensor}")
+    assert cause.parameters["change"] == "halves interleaved"
+    assert {name.split(".")[1] for name in cause.parameters["parameters"]} == set(names)
