@@ -210,3 +210,27 @@ def test_rows_laid_out_for_the_other_rotary_embedding_are_told(kind: str, names:
     assert (cause.id, cause.site) == ("weight_permuted", f"layers.1.{tensor}")
     assert cause.parameters["change"] == "halves interleaved"
     assert {name.split(".")[1] for name in cause.parameters["parameters"]} == set(names)
+
+
+def _sliding(window: int | None, attention: str = "eager") -> Any:
+    sizes = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return built("MistralForCausalLM", sliding_window=window, attn_implementation=attention, **sizes)
+
+
+@pytest.mark.parametrize(
+    ("window", "attention", "padded"),
+    [
+        (9, "eager", True),
+        (7, "sdpa", True),
+        (12, "sdpa", False),
+        (None, "sdpa", True),
+        (None, "eager", False),
+    ],
+)
+def test_a_sliding_window_of_another_length_is_told(window: int | None, attention: str, padded: bool) -> None:
+    inputs = inputs_for("llama", 2, 24)
+    if padded:
+        inputs["attention_mask"][1, :5] = 0
+    cause = diagnosed(_sliding(8, attention), _sliding(window, attention), inputs).causes[0]
+    assert (cause.id, cause.site) == ("mask_leak", "layers.0.hidden")
+    assert (cause.parameters["window"], cause.parameters["reference"]) == (window, 8)
