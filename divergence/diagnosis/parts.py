@@ -207,7 +207,9 @@ def _meets(trace: Trace, product: Operator, inner: int, source: int | None) -> b
     return through.count(True) == 1 and source in above[through.index(False)]
 
 
-def query_position(call: Call) -> int:
-    """Position of the left operand among the arguments of a product."""
+def query_of(call: Call) -> tuple[int, str]:
+    """Position and name of the left operand among the arguments of a product."""
     name = getattr(call.func, "__name__", "")
-    return 1 if name in ("einsum", "baddbmm") else 0
+    if name == "baddbmm":
+        return 1, "batch1"
+    return (1, "") if name == "einsum" else (0, "query" if "attention" in name else "input")
