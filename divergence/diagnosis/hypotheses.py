@@ -114,7 +114,8 @@ class ToldCauseModule(Protocol):
 
 
 def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
-    """Puts a trial's fault in; None where its estimate belongs to another cause."""
+    """Puts a trial's fault in; None where its estimate belongs to another cause, or where it changes
+    nothing at the site."""
     value = math.nan
     if isinstance(trial.fault, Fault):
         fault = trial.fault
@@ -124,6 +125,8 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
             return None
         fault = trial.fault(value)
     fit = case.fit(fault)
+    if fit.explained == 0.0 and not case.nonfinite:
+        return None
     if trial.exact(value) and not case.leaves_rounding(fit):
         fit = replace(fit, convincing=False)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)

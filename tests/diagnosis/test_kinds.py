@@ -234,3 +234,72 @@ def test_a_sliding_window_of_another_length_is_told(window: int | None, attentio
     cause = diagnosed(_sliding(8, attention), _sliding(window, attention), inputs).causes[0]
     assert (cause.id, cause.site) == ("mask_leak", "layers.0.hidden")
     assert (cause.parameters["window"], cause.parameters["reference"]) == (window, 8)
+
+
+@pytest.mark.parametrize("tensor", ["key", "value"])
+def test_what_comes_of_the_encoder_alone_is_known_by_its_own_weights(tensor: str) -> None:
+    def fault(model: Any) -> None:
+        attention = model.model.decoder.layers[1].encoder_attn
+        attention.get_submodule(f"{tensor[0]}_proj").weight.mul_(1.2)
+
+    reference = MODELS["whisper"]()
+    result = diagnosed(reference, planted(reference, fault), inputs_for("whisper"))
+    cause = result.causes[0]
+    assert (cause.id, cause.site) == ("weight_scale", f"decoder.layers.1.cross_{tensor}")
+    assert cause.parameters["parameter"] == f"encoder_attn.{tensor[0]}_proj.weight"
+    assert not [note for note in result.notes if "could not be emulated" in note]
+
+
+def test_scores_of_a_product_that_takes_its_operands_by_name_are_scaled() -> None:
+    def fault(model: Any) -> None:
+        for tensor in model.transformer.h[1].self_attention.query_key_value.parameters():
+            tensor.unflatten(0, (4, 3, -1))[:, 0].mul_(1.2)
+
+    cause = first_cause(built("BloomForCausalLM", n_head=4, n_layer=3), fault)
+    assert cause.id == "attention_scale"
+    assert cause.parameters["factor"] == pytest.approx(1.2, rel=1e-3)
+
+
+def test_a_residual_stream_of_rows_of_all_tokens_overflows_too() -> None:
+    reference = MODELS["opt"]()
+    with torch.no_grad():
+        reference.model.decoder.layers[1].fc2.weight[7] *= 1e8
+    result = diagnosed(reference, planted(reference, lambda m: m.half()), inputs_for("opt", 2, 12))
+    assert [c.id for c in result.causes] == ["overflow_residual"]
+
+
+def test_what_changes_nothing_is_not_listed() -> None:
+    reference = planted(MODELS["llama"](), every(lambda one: setattr(one.mlp, "act_fn", nn.ReLU())))
+
+    def fault(model: Any) -> None:
+        weight = layer(model, 1).mlp.down_proj.weight
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)) * 0.05)
+
+    result = diagnosed(reference, planted(reference, fault), inputs_for("llama"))
+    titles = [h.title for h in result.diagnosis]
+    assert len(titles) > 10
+    assert "the activation is relu, and the reference's is relu" not in titles
+    assert not [h.title for h in result.diagnosis if h.explained == 0]
+
+
+def test_gelu_is_called_by_its_approximation() -> None:
+    def fault(model: Any) -> None:
+        layer(model, 1).mlp.act = nn.GELU()
+
+    reference = planted(MODELS["gpt2"](), every(lambda one: setattr(one.mlp, "act", nn.GELU("tanh"))))
+    cause = first_cause(reference, fault)
+    assert cause.parameters == {"activation": "gelu (erf)", "reference": "gelu (tanh)"}
+
+
+def test_an_activation_that_is_written_out_is_known_by_what_it_computes() -> None:
+    class Quick(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    def fault(model: Any) -> None:
+        layer(model, 1).mlp.act_fn = nn.SiLU()
+
+    reference = planted(MODELS["llama"](), every(lambda one: setattr(one.mlp, "act_fn", Quick())))
+    cause = first_cause(reference, fault)
+    assert (cause.id, cause.site) == ("activation", "layers.1.hidden")
+    assert cause.parameters == {"activation": "silu", "reference": "quick gelu"}
