@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from divergence.diagnosis.case import Case, Fit, Given, estimate
+from divergence.diagnosis.case import Case, Fit, Given
 from divergence.diagnosis.emulate import Fault
+from divergence.diagnosis.estimate import estimate
 
 Build = Callable[[float], Fault]
 

@@ -150,7 +150,8 @@ def test_most_of_an_error_does_not_make_a_weight_zero() -> None:
 
         def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
             attended = one.self_attn(hidden_states=one.input_layernorm(hidden_states), **kwargs)[0]
-            return hidden_states + one.mlp(one.post_attention_layernorm(hidden_states + attended))
+            made: Tensor = one.mlp(one.post_attention_layernorm(hidden_states + attended))
+            return hidden_states + made
 
         one.forward = forward
 

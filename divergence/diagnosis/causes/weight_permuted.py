@@ -89,10 +89,10 @@ def _within_heads(case: Case) -> Iterator[Trial]:
     if key is None or case.tensor not in ("key", "hidden"):
         return
     query = _query(case, key, size)
-    groups = [[key, query], [key]] if case.tensor == "key" else [[query]]
+    groups: list[list[weights.Part | None]] = [[key, query], [key]] if case.tensor == "key" else [[query]]
     turned = rotary.find(case)
     widths = {size, size if turned is None else 2 * turned.unique.numel()}
-    for group in ([part for part in group if part is not None] for group in groups):
+    for group in ([part for part in each if part is not None] for each in groups):
         for width in sorted(w for w in widths if 2 < w <= size and w % 2 == 0):
             for words, order in _layouts(width):
                 if group:
