@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ MASSIVE = 30.0
 """A channel of more than this many times the median channel is a massive activation."""
 
 _LEAST = 1e-12
+_ROUNDING = 0.03  # share of a square that rounding may make up
 
 
 @dataclass(frozen=True)
@@ -295,12 +296,22 @@ class Case:
         }
         return Fit(explained, self._convincing(explained), each, shown, left)
 
+    @cached_property
+    def _held(self) -> float:
+        """Square of the candidate's tensor at the site."""
+        return float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
+
+    def leaves_rounding(self, fit: Fit) -> bool:
+        """Whether a fault leaves no more than rounding, both of the error and of what the candidate holds at
+        the site: next to the reference's tensor all that is small is zero."""
+        left = (1.0 - fit.explained) * float(self.error[self.tensor].square().sum())
+        return 1.0 - fit.explained <= max(_ROUNDING, 4 * self.noise) and left <= _ROUNDING * self._held
+
     def _convincing(self, explained: float) -> bool:
         error = float(self.error[self.tensor].square().sum())
         left = (1.0 - explained) * error
-        held = float(self.valid(self.tensor, self.candidate[self.tensor]).square().sum())
         noise = (self.floor(self.tensor) * float(self.valid_clean(self.tensor).norm())) ** 2
-        return explained > ENOUGH and left < (1 - ENOUGH) * max(held, 4 * noise, 1e-4 * error)
+        return explained > ENOUGH and left < (1 - ENOUGH) * max(self._held, 4 * noise, 1e-4 * error)
 
     def emulated(self, fault: Fault) -> Tensor:
         """The error at the site that `fault` makes. Only what lies between the two is computed."""
@@ -343,47 +354,6 @@ def share(error: Tensor, emulated: Tensor) -> float:
         return 0.0
     value = 1.0 - float((error - emulated).square().sum()) / total
     return value if math.isfinite(value) else -math.inf
-
-
-def estimate(
-    case: Case,
-    build: Callable[[float], Fault],
-    starts: Sequence[float],
-    *,
-    step: float = 1e-2,
-    rounds: int = 8,
-) -> tuple[float, float]:
-    """The parameter of a fault that explains the error best, by Gauss and Newton from the best start.
-
-    Args:
-        case: whose error.
-        build: the fault of a parameter.
-        starts: parameters to begin with.
-        step: width of the difference that stands for the derivative, relative to the parameter.
-        rounds: most refinements.
-
-    Returns:
-        The parameter and the share that it explains.
-    """
-    error = case.error[case.tensor]
-    tried = [(value, case.emulated(build(value))) for value in starts]
-    best, made = max(tried, key=lambda pair: share(error, pair[1]))
-    explained = share(error, made)
-    for _ in range(rounds):
-        width = step * (abs(best) or 1.0)
-        slope = (case.emulated(build(best + width)) - made) / width
-        steep = float(slope.square().sum())
-        if steep == 0.0 or not math.isfinite(steep):
-            break
-        value = best + float(((error - made) * slope).sum()) / steep
-        again = case.emulated(build(value))
-        now = share(error, again)
-        if not now > explained:
-            break
-        gained, best, made, explained = now - explained, value, again, now
-        if gained < 0.1 * (1.0 - explained) or explained > 1.0 - 0.3 * case.noise:
-            break
-    return best, explained
 
 
 def figure(value: Any) -> str:

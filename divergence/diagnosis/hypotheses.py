@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from divergence.diagnosis.case import Case, Fit, Given, estimate
+from divergence.diagnosis.case import Case, Fit, Given
 from divergence.diagnosis.emulate import Fault
+from divergence.diagnosis.estimate import estimate
 
 Build = Callable[[float], Fault]
 
@@ -27,6 +28,8 @@ class Trial:
         accept: whether the estimate means this cause at all.
         evidence: sentences for it beside those that follow from the fit, given the estimate.
         prior: added to the rank; below 0 for what is unlikely unless it explains clearly more.
+        exact: whether, given the estimate, nothing but rounding may be left of the error and of the
+            candidate's tensor: a weight is zero or it is not.
     """
 
     key: str
@@ -38,6 +41,7 @@ class Trial:
     accept: Callable[[float], bool] = lambda _: True
     evidence: Callable[[Case, float], Iterable[str]] = lambda _case, _value: ()
     prior: float = 0.0
+    exact: Callable[[float], bool] = lambda _: False
 
     def reported(self, value: float) -> dict[str, Any]:
         """The parameters, given the estimate."""
@@ -111,7 +115,8 @@ class ToldCauseModule(Protocol):
 
 
 def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
-    """Puts a trial's fault in; None where its estimate belongs to another cause."""
+    """Puts a trial's fault in; None where its estimate belongs to another cause, or where it changes
+    nothing at the site."""
     value = math.nan
     if isinstance(trial.fault, Fault):
         fault = trial.fault
@@ -121,6 +126,10 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
             return None
         fault = trial.fault(value)
     fit = case.fit(fault)
+    if fit.explained == 0.0 and not case.nonfinite:
+        return None
+    if trial.exact(value) and not case.leaves_rounding(fit):
+        fit = replace(fit, convincing=False)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
 
 

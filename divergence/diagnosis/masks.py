@@ -118,6 +118,35 @@ def padding_only(hidden: Tensor) -> Tensor:
     return hidden[..., -1:, :].expand_as(hidden)
 
 
+def window_of(hidden: Tensor) -> int:
+    """How many tokens the query that sees most can see, itself included; 0 where that is all before it."""
+    back = _back(hidden).expand_as(hidden)
+    farthest = int(back.masked_fill(hidden, -1).max())
+    return farthest + 1 if bool((hidden & (back > farthest) & ~_padded(hidden)).any()) else 0
+
+
+def with_window(length: int) -> Hide:
+    """Lets every query see `length` tokens, itself included, of those that are no padding."""
+
+    def hide(hidden: Tensor) -> Tensor:
+        back = _back(hidden)
+        return torch.where(back < 0, hidden, _padded(hidden) | (back >= length))
+
+    return hide
+
+
+def _back(hidden: Tensor) -> Tensor:
+    """How far before its query every key lies, `[query, key]`; below 0 where it comes later."""
+    rows, columns = (torch.arange(n, device=hidden.device) for n in hidden.shape[-2:])
+    return rows[:, None] + (len(columns) - len(rows)) - columns
+
+
+def _padded(hidden: Tensor) -> Tensor:
+    """Keys that their own queries cannot see."""
+    at_itself = hidden & (_back(hidden) == 0)
+    return at_itself.any(-2, keepdim=True)
+
+
 def nothing(hidden: Tensor) -> Tensor:
     """Hides nothing."""
     return torch.zeros_like(hidden)

@@ -156,10 +156,22 @@ def activated(case: Case) -> list[Activated]:
         if operator.name in ("tanh", "sigmoid") and _written_out(case.trace, operator) is not None:
             first, last, name = _written_out(case.trace, operator) or (0, 0, "")
         else:
-            first, last, name = operator.index, operator.index, operator.name
+            first, last, name = _squared(case.trace, operator)
         if case.trace.reaches(case.tensor, last):
             found.append(Activated(first, last, 0, name, len(found)))
     return found
+
+
+def _squared(trace: Trace, operator: Operator) -> tuple[int, int, str]:
+    """An activation, with the square of it where that is what is used (relu in Nemotron)."""
+    index, name = operator.index, operator.name
+    for user in trace.operators.values():
+        if index not in user.inputs or set(user.inputs) != {index}:
+            continue
+        power = user.name == "pow" and user.scalars[-1:] == (2.0,)
+        if power or user.name == "square" or (user.name == "mul" and len(user.inputs) == 2):
+            return index, user.index, f"squared {name}"
+    return index, index, name
 
 
 def _written_out(trace: Trace, inner: Operator) -> tuple[int, int, str] | None:
@@ -195,7 +207,9 @@ def _meets(trace: Trace, product: Operator, inner: int, source: int | None) -> b
     return through.count(True) == 1 and source in above[through.index(False)]
 
 
-def query_position(call: Call) -> int:
-    """Position of the left operand among the arguments of a product."""
+def query_of(call: Call) -> tuple[int, str]:
+    """Position and name of the left operand among the arguments of a product."""
     name = getattr(call.func, "__name__", "")
-    return 1 if name in ("einsum", "baddbmm") else 0
+    if name == "baddbmm":
+        return 1, "batch1"
+    return (1, "") if name == "einsum" else (0, "query" if "attention" in name else "input")

@@ -116,7 +116,9 @@ class Rotary:
             made = call.run()
             x = kept[-1]
             count = x.shape[-1] // 2
-            angles = sign * self.angles(self.positions, self.unique(count))
+            if self.unique.numel() != count:
+                return made
+            angles = sign * self.angles(self.positions, self.unique)
             shape = torch.Size((*turn.table.shape[:-1], count))
             table = Table(shape, turn.table.axis)
             cos, sin = (table.operand(f(angles) * self.amplitude).to(x.dtype) for f in (torch.cos, torch.sin))
@@ -125,12 +127,15 @@ class Rotary:
 
         return handler
 
-    def unique(self, count: int) -> Tensor:
-        """The `count` frequencies, each once."""
-        if self.frequencies.numel() == count:
-            return self.frequencies
-        twice = torch.allclose(self.frequencies[:count], self.frequencies[count:], rtol=1e-4)
-        return self.frequencies[:count] if twice else self.frequencies[::2]
+    @property
+    def unique(self) -> Tensor:
+        """The frequencies, each once: tables hold them twice where they turn whole heads."""
+        held = self.frequencies
+        half = held.numel() // 2
+        for once, other in ((held[:half], held[half:]), (held[::2], held[1::2])):
+            if once.shape == other.shape and torch.allclose(once, other, rtol=1e-4):
+                return once
+        return held
 
 
 def turned_by(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:

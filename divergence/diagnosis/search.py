@@ -20,7 +20,7 @@ from divergence.diagnosis import nonfinite, repro
 from divergence.diagnosis.case import Case, Given
 from divergence.diagnosis.causes import CAUSES, FROM_FACTS, NONFINITE, TOLD
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
-from divergence.diagnosis.hypotheses import Tried, attempt
+from divergence.diagnosis.hypotheses import CauseModule, Tried, attempt
 from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
 from divergence.errors import one_line
 from divergence.probes import Progress, silent
@@ -299,24 +299,35 @@ def investigate(case: Case) -> list[Tried]:
     """The best trial of every cause, best first. Ends early when one leaves nothing but noise."""
     best: list[Tried] = []
     for module in NONFINITE if case.nonfinite else CAUSES:
-        tried: Tried | None = None
-        for trial in module.trials(case):
-            try:
-                made = attempt(case, module.ID, trial)
-            except (
-                Exception
-            ) as error:  # an emulation that a model's code cannot bear says nothing of the cause
-                case.notes.append(f"{module.ID} could not be emulated in {case.at} ({one_line(error)})")
-                break
-            if made is not None and (tried is None or made.rank > tried.rank + 0.05):
-                tried = made
-            if made is not None and _settled(case, made):
-                break
+        tried = _best(case, module)
         if tried is not None:
             best.append(tried)
             if _settled(case, tried):
                 break
     return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
+
+
+def _best(case: Case, module: CauseModule) -> Tried | None:
+    """The best trial of a cause, or the first that leaves nothing but noise."""
+    best: Tried | None = None
+    with _noting(case, module):
+        for trial in module.trials(case):
+            made = attempt(case, module.ID, trial)
+            if made is not None and (best is None or made.rank > best.rank + 0.05):
+                best = made
+            if made is not None and _settled(case, made):
+                break
+    return best
+
+
+@contextlib.contextmanager
+def _noting(case: Case, module: CauseModule) -> Iterator[None]:
+    """Makes a note of what goes wrong: what a model's code cannot bear says nothing of the cause, and must
+    not cost the others their turn."""
+    try:
+        yield
+    except Exception as error:
+        case.notes.append(f"{module.ID} could not be emulated in {case.at} ({one_line(error)})")
 
 
 def _convinces(tried: Sequence[Tried]) -> bool:
@@ -326,17 +337,19 @@ def _convinces(tried: Sequence[Tried]) -> bool:
 def _settled(case: Case, tried: Tried) -> bool:
     """Whether what a fault leaves unexplained is noise, at every tensor of the unit."""
     fit = tried.fit
-    if fit is None or fit.shown:
+    if fit is None or fit.shown or not fit.convincing:
         return False
     return fit.explained >= 1 - 4 * case.noise and fit.overall > 0.97 and fit.explained > 0.97
 
 
 def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
     """A fault found before that explains this case too."""
+    modules = {module.ID: module for module in CAUSES}
     for tried in known:
-        for module in CAUSES:
-            if tried.id != module.ID:
-                continue
+        if tried.id not in modules:
+            continue
+        module = modules[tried.id]
+        with _noting(case, module):
             for trial in module.trials(case):
                 if trial.key == tried.trial.key:
                     again = attempt(case, module.ID, trial)

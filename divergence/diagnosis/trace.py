@@ -136,9 +136,9 @@ class Trace:
         self._made[id(tensor)] = (weakref.ref(tensor), -1, True)
 
     def mark_site(self, name: str, tensor: Tensor) -> None:
-        """Notes which operator made the tensor of a site."""
+        """Notes which operator made the tensor of a site, be it of the encoder's states alone."""
         found = self._of(tensor)
-        index = found[0] if found is not None and found[1] else self._stored.get(_address(tensor))
+        index = found[0] if found is not None and found[0] >= 0 else self._stored.get(_address(tensor))
         if index is not None:
             self.sites[name] = index
 

@@ -70,11 +70,12 @@ def fault(parts: list[Part] | tuple[Part, ...], function: Callable[[Tensor], Ten
     for part in parts:
         change = part.change(function)
         before = changes.get(part.name)
-        changes[part.name] = change if before is None else _then(before, change)
+        changes[part.name] = change if before is None else then(before, change)
     return Fault(parameters=changes)
 
 
-def _then(first: Change, second: Change) -> Change:
+def then(first: Change, second: Change) -> Change:
+    """Both changes, one after the other."""
     return lambda parameter: second(first(parameter))
 
 
@@ -86,14 +87,18 @@ def matrices(case: Case) -> list[Part]:
 def scopes(case: Case) -> list[tuple[str, list[Part]]]:
     """Weights that one fault may have changed, with a name: each alone, then all matrices of the unit."""
     each = [(f"'{part}'", [part]) for part in matrices(case)]
-    every = [
+    named = parameters(case)
+    every = [part for part in whole(case) if named[part.name].dim() >= 2]
+    return [*each, ("every weight", every)] if len(every) > 1 else each
+
+
+def whole(case: Case) -> list[Part]:
+    """Every parameter of a layer, gains and biases too; outside the layers those that the site depends on."""
+    return [
         Part(name)
         for name, parameter in parameters(case).items()
-        if parameter.dim() >= 2
-        and parameter.is_floating_point()
-        and (case.is_layer or name in case.trace.reaching(case.tensor))
+        if parameter.is_floating_point() and (case.is_layer or name in case.trace.reaching(case.tensor))
     ]
-    return [*each, ("every weight", every)] if len(every) > 1 else each
 
 
 def biases(case: Case) -> list[Part]:

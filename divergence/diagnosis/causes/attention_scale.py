@@ -46,9 +46,9 @@ def _reported(root: float, factor: float) -> dict[str, object]:
 def _fault(attention: parts.Attention) -> Callable[[float], Fault]:
     def scaled(factor: float) -> Fault:
         def handler(call: Call) -> object:
-            position = parts.query_position(call)
-            query = call.args[position] if position < len(call.args) else call.kwargs["query"]
-            return call.replaced(position, "query", query * factor).run()
+            position, name = parts.query_of(call)
+            query = call.argument(position, name)
+            return call.replaced(position, name, query * factor).run()
 
         handlers: dict[int, Handler] = {attention.scores: handler}
         return Fault(operators=lambda: handlers)

@@ -59,13 +59,9 @@ def exchanged_weights(key: weights.Part, value: weights.Part, named: Mapping[str
         for to, other in ((a, b), (b, a)):
             change = to.change(_constant(other.of(named[other.name].detach())))
             before = changes.get(to.name)
-            changes[to.name] = change if before is None else _then(before, change)
+            changes[to.name] = change if before is None else weights.then(before, change)
     return Fault(parameters=changes)
 
 
 def _constant(tensor: Tensor) -> Change:
     return lambda _: tensor
-
-
-def _then(first: Change, second: Change) -> Change:
-    return lambda parameter: second(first(parameter))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ID = "norm_offset"
+
+_NEARLY_GONE = 0.5
 
 
 def trials(case: Case) -> Iterator[Trial]:
@@ -36,7 +39,14 @@ def trials(case: Case) -> Iterator[Trial]:
                 },
                 fix="multiply by the gain as the reference does: Gemma's norms store w and apply 1 + w, "
                 "Llama's apply w",
+                exact=partial(_is_gone, case, group, offset),
             )
+
+
+def _is_gone(case: Case, group: tuple[weights.Part, ...], offset: float, _: float) -> bool:
+    """Whether hardly anything of gains around 1 remains: that fits whatever lacks what the norm feeds."""
+    named = weights.parameters(case)
+    return any(abs(float(part.of(named[part.name]).mean()) + offset) < _NEARLY_GONE for part in group)
 
 
 def _shifted(offset: float) -> Change:

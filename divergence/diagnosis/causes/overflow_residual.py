@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -42,10 +43,12 @@ def residual_sums(case: Case) -> list[int]:
     if not isinstance(case.unit, LayerUnit):
         return []
     shape = tuple(case.unit.hidden.shape)
+    # OPT adds in rows of all tokens of the batch.
+    shapes = (shape, (math.prod(shape[:-1]), shape[-1]))
     return [
         o.index
         for o in case.trace.named("add")
-        if o.shape == shape and o.dependent == (True, True) and case.trace.reaches(case.tensor, o.index)
+        if o.shape in shapes and o.dependent == (True, True) and case.trace.reaches(case.tensor, o.index)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -9,10 +10,14 @@ from torch import Tensor
 
 from divergence.diagnosis import rotary
 from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "rope_position"
 
+_BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0)
+_POWERS = (0.3, 2.5, 550)  # of the frequencies: a base of 10 000 becomes one of 16 to 10^10
+_TOKENS = 128  # what is looked at to find them: steps of the powers turn the last by less than a quarter
 _OFFSETS = (1, -1, 2, -2, 3, 4)
 _FIX = "feed the reference's position_ids: {what}"
 
@@ -41,50 +46,82 @@ def trials(case: Case) -> Iterator[Trial]:
             positions * factor,
             {"factor": factor},
         )
-    for base in (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0):
-        ratio = found.frequencies.double().clamp(min=1e-30)
-        unique = (
-            found.unique(max(1, case.clean["key"].shape[-1] // 2))
-            if "key" in case.clean
-            else found.frequencies
-        )
-        own = (float(unique[0]) / float(unique[1])) ** unique.numel() if unique.numel() > 1 else 0.0
-        if own <= 1 or abs(base / own - 1) < 0.01:
-            continue
-        stretched = ratio ** (torch.log(torch.tensor(base)) / torch.log(torch.tensor(own)))
-        yield Trial(
-            key=f"base {base:g}",
-            title=f"the rotary embedding's base is {base:g}, and the reference's {own:.6g}",
-            fault=found.with_angles(found.angles(positions, stretched)),
-            parameters={"base": base},
-            fix="set the rotary embedding's base (rope_theta) to the reference's",
-        )
+    yield from _bases(case, found)
+
+
+def _bases(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
+    """Another base, from where the keys show it or from usual ones."""
+    unique = found.unique
+    own = (float(unique[0]) / float(unique[1])) ** unique.numel() if unique.numel() > 1 else 0.0
+    if own <= 1:
+        return
+
+    def fault(base: float) -> Fault:
+        power = math.log(max(base, 1.001)) / math.log(own)
+        stretched = found.frequencies.double().clamp(min=1e-30) ** power
+        return found.with_angles(found.angles(found.positions, stretched))
+
+    yield Trial(
+        key="base",
+        title=f"the rotary embedding's base is {{value:.4g}}, and the reference's {own:.4g}",
+        fault=fault,
+        starts=(*(own**power for power in estimated_powers(case, found)), *_BASES),
+        accept=lambda base: base > 1 and abs(base / own - 1) > 0.01,
+        parameters=lambda base: {"base": base},
+        fix="set the rotary embedding's base (rope_theta) to the reference's",
+    )
+
+
+def _turned(case: Case, found: rotary.Rotary) -> list[Tensor]:
+    """How the candidate's key is turned against the reference's: complex products `[row, head, token,
+    frequency]` for both ways to pair channels; none where the site is not a key."""
+    if case.tensor != "key":
+        return []
+    count = found.unique.numel()
+    keys = [case.valid("key", t) for t in (case.clean["key"], case.candidate["key"])]
+    if keys[0].shape[-1] < 2 * count:
+        return []
+    turned = []
+    for halves in (True, False):
+        pairs = [
+            k[..., : 2 * count].unflatten(-1, (2, count)).movedim(-2, -1)
+            if halves
+            else k[..., : 2 * count].unflatten(-1, (count, 2))
+            for k in keys
+        ]
+        clean, seen = (torch.view_as_complex(p.contiguous()) for p in pairs)
+        turned.append(clean.conj() * seen)
+    return turned
 
 
 def estimated(case: Case, found: rotary.Rotary) -> list[int]:
     """Offsets that turn the reference's key into the candidate's, by the phase between them over all
     frequencies; none where the site is not a key."""
-    if case.tensor != "key":
-        return []
-    clean, seen = (case.valid("key", t) for t in (case.clean["key"], case.candidate["key"]))
-    count = clean.shape[-1] // 2
-    frequencies = found.unique(count).double()
-    if frequencies.numel() != count:
-        return []
-    offsets = torch.arange(-4096, 4097, dtype=torch.float64, device=clean.device)
-    waves = torch.exp(-1j * offsets[:, None] * frequencies.to(clean.device))
+    frequencies = found.unique.double()
+    offsets = torch.arange(-4096, 4097, dtype=torch.float64, device=frequencies.device)
+    waves = torch.exp(-1j * offsets[:, None] * frequencies)
     best: list[int] = []
-    for pairs in (clean.unflatten(-1, (2, count)).movedim(-2, -1), clean.unflatten(-1, (count, 2))):
-        other = (
-            seen.unflatten(-1, (2, count)).movedim(-2, -1)
-            if pairs.stride(-1) != 1
-            else seen.unflatten(-1, (count, 2))
-        )
-        z = torch.view_as_complex(pairs.contiguous()).conj() * torch.view_as_complex(other.contiguous())
-        together = z.flatten(0, -2).sum(0)
-        at = int((waves @ together).real.argmax())
+    for turned in _turned(case, found):
+        at = int((waves @ turned.flatten(0, -2).sum(0).to(waves.device)).real.argmax())
         if int(offsets[at]) != 0:
             best += [int(offsets[at]), -int(offsets[at])]
+    return best
+
+
+def estimated_powers(case: Case, found: rotary.Rotary) -> list[float]:
+    """Powers of the frequencies that turn the reference's key into the candidate's, by the phase between
+    them at the first tokens; none where the site is not a key."""
+    frequencies = found.unique.double().clamp(min=1e-30)
+    positions = found.positions[:, :_TOKENS, None].double()
+    powers = torch.linspace(*_POWERS, dtype=torch.float64).tolist()
+    best = []
+    for turned in _turned(case, found):
+        together = turned.sum(1)[:, :_TOKENS].to(positions.device)
+        scores = [
+            float((together * torch.exp(-1j * positions * (frequencies**power - frequencies))).real.sum())
+            for power in powers
+        ]
+        best.append(powers[scores.index(max(scores))])
     return best
 
 

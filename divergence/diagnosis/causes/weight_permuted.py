@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import parts, weights
+from divergence.diagnosis import parts, rotary, weights
 from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Change, Fault
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "weight_permuted"
@@ -22,6 +24,7 @@ _FEW_HEADS = 8  # all pairs of heads are tried up to this many
 def trials(case: Case) -> Iterator[Trial]:
     """The order that the site itself shows; then usual mistakes in every weight."""
     yield from _shown(case)
+    yield from _within_heads(case)
     for part in weights.matrices(case):
         weight = part.of(weights.parameters(case)[part.name])
         if weight.shape[0] == weight.shape[1]:
@@ -78,6 +81,72 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
     )
 
 
+def _within_heads(case: Case) -> Iterator[Trial]:
+    """Channels within every head laid out for the other kind of rotary embedding: of query and key, of the
+    key alone, of the query alone."""
+    size = _head_size(case)
+    key = weights.projection(case, "key") if size else None
+    if key is None or case.tensor not in ("key", "hidden"):
+        return
+    query = _query(case, key, size)
+    groups: list[list[weights.Part | None]] = [[key, query], [key]] if case.tensor == "key" else [[query]]
+    turned = rotary.find(case)
+    widths = {size, size if turned is None else 2 * turned.unique.numel()}
+    for group in ([part for part in each if part is not None] for each in groups):
+        for width in sorted(w for w in widths if 2 < w <= size and w % 2 == 0):
+            for words, order in _layouts(width):
+                if group:
+                    yield _laid_out(case, group, words, [*order, *range(width, size)])
+
+
+def _query(case: Case, key: weights.Part, size: int) -> weights.Part | None:
+    """The weight of the query, or the part of a fused one that lies before the key."""
+    if key.role:
+        return weights.Part(key.name, "query", key.axis, 0, key.start)
+    for name, parameter in weights.parameters(case).items():
+        part = weights.Part(name)
+        axis = weights.output_axis(case, name)
+        if (
+            parameter.dim() == 2
+            and parameter.shape[axis] % size == 0
+            and name in case.trace.reaching("hidden")
+            and _holds_heads(case, part, "output")
+        ):
+            return part
+    return None
+
+
+def _laid_out(case: Case, group: list[weights.Part], words: str, order: list[int]) -> Trial:
+    def change(part: weights.Part, weight: Tensor) -> Tensor:
+        axis = weights.output_axis(case, part.name) if weight.dim() > 1 else 0
+        rows = torch.arange(weight.shape[axis], device=weight.device).unflatten(0, (-1, len(order)))
+        return weight.index_select(axis, rows[:, order].flatten())
+
+    changes: dict[str, Change] = {}
+    for part in group:
+        for one in (part, weights.bias_of(case, part)):
+            if one is not None:
+                made = weights.fault([one], partial(change, one)).parameters[one.name]
+                changes[one.name] = weights.then(changes[one.name], made) if one.name in changes else made
+    names = " and ".join(f"'{part}'" for part in group)
+    return Trial(
+        key=f"{names} within heads {words} {len(order)}",
+        title=f"the channels of every head of {names} have {words}",
+        fault=Fault(parameters=changes),
+        parameters={"parameters": [str(part) for part in group], "change": words, "order": order},
+        fix="convert the rows of query and key to the layout of the rotary embedding that is used, once: "
+        "halves (i, i + d/2) or pairs (2i, 2i + 1)",
+    )
+
+
+def _layouts(length: int) -> list[tuple[str, list[int]]]:
+    """Orders that turn one pairing of channels into the other."""
+    return [
+        ("halves interleaved", [i // 2 + (i % 2) * (length // 2) for i in range(length)]),
+        ("pairs taken apart", [*range(0, length, 2), *range(1, length, 2)]),
+    ]
+
+
 def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
     """Heads exchanged, shifted or turned round where the site cannot show it (queries, what joins heads);
     outputs by halves and pairs."""
@@ -100,8 +169,7 @@ def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
     length = weight.shape[outputs]
     for words, order in (
         ("halves exchanged", [*range(length // 2, length), *range(length // 2)]),
-        ("halves interleaved", [i // 2 + (i % 2) * (length // 2) for i in range(length)]),
-        ("pairs taken apart", [*range(0, length, 2), *range(1, length, 2)]),
+        *_layouts(length),
     ):
         if length % 2 == 0:
             yield _trial(

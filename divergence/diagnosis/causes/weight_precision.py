@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,22 +16,31 @@ ID = "weight_precision"
 
 
 def trials(case: Case) -> Iterator[Trial]:
-    """Each weight, then all, rounded to bf16 and to fp16."""
+    """Each weight, then all, then gains and biases too, rounded to bf16 and to fp16."""
     for words, parts in weights.scopes(case):
-        for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-            meant = "bf16-weights" if precision == "bf16" else precision
-            yield Trial(
-                key=f"{words} {precision}",
-                title=f"{words} {'is' if len(parts) == 1 else 'are'} rounded to {precision}".replace(
-                    "every weight are", "all weights are"
-                ),
-                fault=weights.fault(parts, through(dtype)),
-                parameters={
-                    "precision": precision,
-                    "parameters": [str(p) for p in parts],
-                },
-                fix=f"export {words} from the fp32 checkpoint, or say --precision {meant} if it is meant",
-            )
+        yield from _trials(words if len(parts) == 1 else "all weights", parts)
+    # A whole checkpoint that was half precision once has gains, biases and embeddings rounded as well.
+    every = weights.whole(case)
+    yield from _trials("all weights, gains and biases", every)
+    if case.is_layer and case.at.layer == 0:
+        yield from _trials("all weights, gains and biases", every, embedded=True)
+
+
+def _trials(words: str, parts: list[weights.Part], *, embedded: bool = False) -> Iterator[Trial]:
+    """Parts, and what enters the layer where it is `embedded`, rounded; the key is the same in later
+    layers, which nothing is embedded for."""
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        meant = "bf16-weights" if precision == "bf16" else precision
+        function = through(dtype)
+        fault = weights.fault(parts, function)
+        which = f"the embedding and {words}" if embedded else words
+        yield Trial(
+            key=f"{words} {precision}",
+            title=f"{which} {'is' if len(parts) == 1 else 'are'} rounded to {precision}",
+            fault=replace(fault, hidden=function) if embedded else fault,
+            parameters={"precision": precision, "parameters": [str(p) for p in parts]},
+            fix=f"export {which} from the fp32 checkpoint, or say --precision {meant} if it is meant",
+        )
 
 
 def through(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
