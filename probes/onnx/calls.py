@@ -8,22 +8,51 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from divergence.probes.onnx.graph import Graph
+
+# Products that read weights, as their first or second input.
+PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "MatMulNBits", "Einsum", "Conv"})
 
 
-def split_calls(stack: Mapping[int, list[int]], labels: Sequence[str]) -> dict[int, list[list[int]]]:
+def split_calls(
+    stack: Mapping[int, list[int]], labels: Sequence[str], fixed: Sequence[bool] = ()
+) -> dict[int, list[list[int]]]:
     """Splits the nodes of each layer of one stack by call.
 
     Args:
         stack: indices of nodes in topological order, by layer.
         labels: what each node of the graph is; empty for those that tell nothing (constants).
+        fixed: for each node whether it depends on no input. An exporter computes such once, in the
+            first call, for all calls.
     """
-    repeated = {layer: _repeats(nodes, labels) for layer, nodes in stack.items()}
-    if len({len(calls) for calls in repeated.values()}) == 1:
-        calls = len(next(iter(repeated.values())))
-        if calls > 1:
+    changing = [label if not still else "" for label, still in zip(labels, fixed, strict=False)]
+    for telling in (changing, labels):
+        repeated = {layer: _repeats(nodes, telling) for layer, nodes in stack.items()} if telling else {}
+        counts = {len(calls) for calls in repeated.values()}
+        if len(counts) == 1 and counts != {1}:
             return repeated
     return _by_turns(stack)
+
+
+def reads_weights_again(graph: Graph, nodes: Sequence[int], fixed: Sequence[bool]) -> bool:
+    """Whether `nodes`, one call of a layer, multiply with every weight more than once: they are several
+    calls, which nothing told apart."""
+    reads: Counter[str] = Counter()
+    for index in nodes:
+        node = graph.nodes[index]
+        if node.op_type in PRODUCTS and not fixed[index]:
+            reads.update(name for name in node.input[:2] if name and _is_weight(graph, name, fixed))
+    return bool(reads) and min(reads.values()) > 1
+
+
+def _is_weight(graph: Graph, name: str, fixed: Sequence[bool]) -> bool:
+    made = graph.producer(name)
+    return name in graph.initializers if made is None else fixed[made]
 
 
 def _repeats(nodes: Sequence[int], labels: Sequence[str]) -> list[list[int]]:

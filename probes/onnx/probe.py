@@ -137,7 +137,7 @@ class OnnxProbe:
             run, site_map, more = self._prepare(inputs, silent)
             graph, notes = run.graph, [*site_map.notes, *more]
             outputs = self._outputs(run, site_map)
-        elif not site_map.found:
+        elif not site_map.found and not notes:
             notes.append(f"Of this graph {_NO_SITES}.")
         with _understanding(self.path):
             return Description(
@@ -227,7 +227,7 @@ class OnnxProbe:
             with _understanding(self.path):
                 site_map = self._by_reference(run, site_map, self._reference)
         elif not site_map.found:
-            raise SourceError(f"{self.path}: {_NO_SITES}")
+            raise SourceError(f"{self.path}: {' '.join(site_map.notes) or _NO_SITES}")
         return run, site_map, notes
 
     def _by_reference(self, run: _Run, site_map: SiteMap, reference: Capture) -> SiteMap:

@@ -113,7 +113,10 @@ class Layer:
 
 
 def find_layers(
-    scopes: Sequence[str | None], kinds: Sequence[str] = (), known: Mapping[str, int] | None = None
+    scopes: Sequence[str | None],
+    kinds: Sequence[str] = (),
+    known: Mapping[str, int] | None = None,
+    fixed: Sequence[bool] = (),
 ) -> list[Layer]:
     """The layers of the outermost stacks of composite modules, in execution order.
 
@@ -122,6 +125,7 @@ def find_layers(
         kinds: operator of each node, by which calls of one layer are told apart.
         known: number of layers of each stack of a reference; where stacks are called differently
             here (an export of the decoder alone), its names are taken.
+        fixed: for each node whether it depends on no input.
     """
     inside: dict[tuple[str, int], set[str]] = defaultdict(set)
     for scope in dict.fromkeys(scopes):
@@ -143,7 +147,7 @@ def find_layers(
     ]
     layers = []
     for prefix, stack in nodes.items():
-        for index, calls in split_calls(stack, labels).items():
+        for index, calls in split_calls(stack, labels, fixed).items():
             for call, found in enumerate(calls, 1):
                 layers.append(Layer(names[prefix], index, call, paths[prefix, index], tuple(found)))
     # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.
