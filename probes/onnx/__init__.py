@@ -8,6 +8,7 @@ scopes.py     modules and layers, from what exporters leave on nodes
 calls.py      calls of a layer that runs more than once
 layers.py     sites of a layer, from its scopes
 attention.py  query, key and value, from the data flow
+scaling.py    keys before or after the model's own scaling
 values.py     sites by their contents
 patterns.py   sites by the operators around them
 cuts.py       outputs of layers by where the graph is narrow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from divergence.captures import Capture
 from divergence.errors import ConfigurationError, nearest
@@ -42,6 +42,10 @@ class SiteMap:
             found.setdefault(item.site, item)
         stacks = tuple(dict.fromkeys((*self.stacks, *(site.stack for site in found))))
         return _assembled(found, stacks, (*self.outputs,), (*self.notes, *notes))
+
+    def with_instead(self, others: Iterable[Found]) -> SiteMap:
+        """This mapping with `others` in place of what it has for their sites."""
+        return replace(self, found={**self.found, **{item.site: item for item in others}})
 
     def selected(self, *, detail: bool) -> list[Found]:
         """The sites of a run, in execution order."""

@@ -28,6 +28,7 @@ from divergence.probes.onnx.light import LightModel, read_light
 from divergence.probes.onnx.mapping import SiteMap, map_graph
 from divergence.probes.onnx.outputs import name_outputs
 from divergence.probes.onnx.patterns import match_patterns
+from divergence.probes.onnx.scaling import settle_scales
 from divergence.probes.onnx.session import Session, check_provider
 from divergence.probes.onnx.unseen import unseen_infinities
 from divergence.probes.onnx.values import match_values, sizes_wanted
@@ -231,6 +232,8 @@ class OnnxProbe:
         return run, site_map, notes
 
     def _by_reference(self, run: _Run, site_map: SiteMap, reference: Capture) -> SiteMap:
+        settled = settle_scales(site_map.found.values(), reference, lambda v: self._fetch(run, v))
+        site_map = site_map.with_instead(settled)
         missing = [site for site in reference.sites if site.layer is not None and site not in site_map.found]
         if not missing:
             return site_map
@@ -320,12 +323,7 @@ def _understanding(path: str) -> Iterator[None]:
 
 
 def _info(graph: Graph, found: Found) -> SiteInfo:
-    shape = graph.shape(found.value) or ()
-    if found.index is not None:
-        shape = shape[1:]
-    if found.heads is not None and len(shape) == 3:
-        last = shape[2]
-        shape = (*shape[:2], found.heads, last // found.heads if isinstance(last, int) else "?")
+    shape = found.shape(graph.shape(found.value) or ())
     return SiteInfo(found.site, found.how, dtype_name(graph.element_type(found.value)), shape)
 
 
