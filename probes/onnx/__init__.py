@@ -13,6 +13,7 @@ values.py     sites by their contents
 patterns.py   sites by the operators around them
 cuts.py       outputs of layers by where the graph is narrow
 outputs.py    the model's own outputs
+own_keys.py   keys and values that the graph hands out
 mapping.py    puts the sites together
 session.py    runs a graph with more outputs
 inputs.py     checks inputs

@@ -27,6 +27,7 @@ from divergence.probes.onnx.inputs import feeds_of
 from divergence.probes.onnx.light import LightModel, read_light
 from divergence.probes.onnx.mapping import SiteMap, map_graph
 from divergence.probes.onnx.outputs import name_outputs
+from divergence.probes.onnx.own_keys import OwnKeys
 from divergence.probes.onnx.patterns import match_patterns
 from divergence.probes.onnx.scaling import settle_scales
 from divergence.probes.onnx.session import Session, check_provider
@@ -196,12 +197,15 @@ class OnnxProbe:
         run, site_map, notes = self._prepare(inputs, progress)
         outputs = self._outputs(run, site_map)
         wanted = [*site_map.selected(detail=detail), *outputs]
+        own = OwnKeys(site_map.selected(detail=False), outputs, self._reference)
         infinite: dict[str, list[str]] = {}
         for observation, value in self._observe(run, wanted):
             tensor = observation.tensor
             if tensor.dtype == torch.float16 and bool(torch.isinf(tensor).any()):
                 infinite.setdefault(value, []).append(str(observation.site))
             sink(observation)
+            for again in own.saw(observation):
+                sink(again)
         reasons = unseen_infinities(run.graph, infinite, lambda v: self._fetch(run, v)) if infinite else {}
         return RunFacts(
             kind=self.kind,
@@ -210,7 +214,7 @@ class OnnxProbe:
             precision=facts.precision(run.graph),
             stacks=site_map.stacks,
             versions={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
-            notes=(*site_map.notes, *notes),
+            notes=(*site_map.notes, *notes, *own.notes),
             unseen_inf={site: reason for value, reason in reasons.items() for site in infinite[value]},
             outputs=tuple(dict.fromkeys(found.site.tensor for found in outputs)),
             details=self._details(wanted),
