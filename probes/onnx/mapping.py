@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 from divergence.captures import Capture
 from divergence.errors import ConfigurationError, nearest
-from divergence.probes.onnx.calls import reads_weights_again
+from divergence.probes.onnx.calls import reads_of_weights
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.graph import Graph
 from divergence.probes.onnx.layers import sites_of_layers
@@ -59,9 +60,10 @@ def map_graph(graph: Graph, overrides: Mapping[str, str], reference: Capture | N
         ConfigurationError: an override is no site, or names a value that the graph does not have.
     """
     fixed = [not depends for depends in depends_on_inputs(graph)]
-    layers = find_layers(graph.scopes, [n.op_type for n in graph.nodes], _counts(reference), fixed)
+    times = partial(reads_of_weights, graph, fixed=fixed)
+    layers = find_layers(graph.scopes, [n.op_type for n in graph.nodes], _counts(reference), fixed, times)
     stacks = list(dict.fromkeys(layer.stack for layer in layers))
-    untold = [layer for layer in layers if reads_weights_again(graph, layer.nodes, fixed)]
+    untold = [layer for layer in layers if times(layer.nodes) > 1]
     layers = [layer for layer in layers if layer not in untold]
     by_scope = list(sites_of_layers(graph, layers))
     cached = [f.site.stack for f in by_scope if f.site.tensor == "key"]

@@ -132,6 +132,7 @@ def find_layers(
     kinds: Sequence[str] = (),
     known: Mapping[str, int] | None = None,
     fixed: Sequence[bool] = (),
+    times: Callable[[Sequence[int]], int] = lambda _: 1,
 ) -> list[Layer]:
     """The layers of the outermost stacks of composite modules, in execution order.
 
@@ -140,7 +141,7 @@ def find_layers(
         kinds: operator of each node, by which calls of one layer are told apart.
         known: number of layers of each stack of a reference; where stacks are called differently
             here (an export of the decoder alone), its names are taken.
-        fixed: for each node whether it depends on no input.
+        fixed, times: see `divergence.probes.onnx.calls.split_calls`.
     """
     inside: dict[tuple[str, int], set[str]] = defaultdict(set)
     for scope in dict.fromkeys(scopes):
@@ -162,7 +163,7 @@ def find_layers(
     ]
     layers = []
     for prefix, stack in nodes.items():
-        for index, calls in split_calls(stack, labels, fixed).items():
+        for index, calls in split_calls(stack, labels, fixed, times).items():
             for call, found in enumerate(calls, 1):
                 layers.append(Layer(names[prefix], index, call, paths[prefix, index], tuple(found)))
     # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.

@@ -21,49 +21,48 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Block(nn.Module):
-    """A layer that multiplies with its weights, and with what it makes of `side` if told to."""
+    """A layer that may multiply what it is given with a gate."""
 
-    def __init__(self, *, gated: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.norm = nn.Linear(96, 100), nn.Linear(100, 96), nn.LayerNorm(96)
-        self.gated = gated
 
-    def forward(self, x: Tensor, side: Tensor) -> Tensor:
-        if self.gated:
+    def forward(self, x: Tensor, side: Tensor | None) -> Tensor:
+        if side is not None:
             x = x * torch.sigmoid(side)
         out: Tensor = self.norm(x + self.down(torch.tanh(self.up(x))))
         return out
 
 
 class Looped(nn.Module):
-    """Runs its only layer three times."""
+    """Runs its only layer three times, with a gate in the calls `gated`."""
 
-    def __init__(self, *, gated: bool) -> None:
+    def __init__(self, gated: tuple[int, ...]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.ModuleList([Block(gated=gated)])
-        self.head = nn.Linear(96, 5)
+        self.layers, self.head, self.gated = nn.ModuleList([Block()]), nn.Linear(96, 5), gated
 
     def forward(self, x: Tensor, side: Tensor) -> Tensor:
-        for _ in range(3):
-            x = self.layers[0](x, side)
+        for call in range(3):
+            x = self.layers[0](x, side if call in self.gated else None)
         out: Tensor = self.head(x)
         return out
 
 
-def both(folder: Path, *, gated: bool) -> tuple[Capture, Path, Mapping[str, Tensor]]:
+def both(folder: Path, *gated: int) -> tuple[Capture, Path, Mapping[str, Tensor]]:
     """What the module held, and its export."""
-    model = Looped(gated=gated).eval().requires_grad_(False)
-    inputs = {
-        name: torch.randn(1, 6, 96, generator=torch.Generator().manual_seed(1)) for name in ("x", "side")
-    }
+    model = Looped(gated).eval().requires_grad_(False)
+    draws = torch.Generator().manual_seed(1)
+    inputs = {name: torch.randn(1, 6, 96, generator=draws) for name in ("x", "side")}
     reference = record(PyTorchProbe(model), inputs, folder / "ref.capture", detail=False, progress=silent)
     return reference, exported(model, inputs, folder / "looped.onnx"), inputs
 
 
-def test_every_call_of_a_layer_has_its_own_value(tmp_path: Path) -> None:
-    """The exporter transposes weights once, among the nodes of the first call, which makes it longer."""
-    reference, path, inputs = both(tmp_path, gated=False)
+@pytest.mark.parametrize("gated", [(), (0, 1, 2)])
+def test_every_call_of_a_layer_has_its_own_value(gated: tuple[int, ...], tmp_path: Path) -> None:
+    """What is the same in every call (transposed weights, the gate) is computed once, among the nodes
+    of the first, which makes it longer."""
+    reference, path, inputs = both(tmp_path, *gated)
     seen = observed(OnnxProbe(path), inputs)
     assert [s for s in seen if "hidden" in s] == ["layers.0.hidden", "layers.0.hidden@2", "layers.0.hidden@3"]
     for site in reference.sites:
@@ -72,8 +71,8 @@ def test_every_call_of_a_layer_has_its_own_value(tmp_path: Path) -> None:
 
 
 def test_calls_that_the_graph_does_not_tell_apart_are_not_mistaken(tmp_path: Path) -> None:
-    """The gate is computed once for all calls, so that these are not alike: their values tell them."""
-    reference, path, inputs = both(tmp_path, gated=True)
+    """The second call does more than the others: the values of the calls are found by what they hold."""
+    reference, path, inputs = both(tmp_path, 1)
     with pytest.raises(SourceError, match="does not tell its calls apart"):
         observed(OnnxProbe(path), inputs)
     seen = observed(OnnxProbe(path, reference=reference), inputs)
