@@ -8,10 +8,12 @@ scopes.py     modules and layers, from what exporters leave on nodes
 calls.py      calls of a layer that runs more than once
 layers.py     sites of a layer, from its scopes
 attention.py  query, key and value, from the data flow
+scaling.py    keys before or after the model's own scaling
 values.py     sites by their contents
 patterns.py   sites by the operators around them
 cuts.py       outputs of layers by where the graph is narrow
 outputs.py    the model's own outputs
+own_keys.py   keys and values that the graph hands out
 mapping.py    puts the sites together
 session.py    runs a graph with more outputs
 inputs.py     checks inputs

@@ -7,10 +7,12 @@ to the tensor that a cache would store. The axes are followed by name on the way
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from divergence.probes.onnx.graph import Graph, attribute, integer
+from divergence.probes.onnx.scopes import same_call
 from divergence.sites import HEAD_AXES
 
 # The two operands of a product, as positions of inputs.
@@ -39,6 +41,7 @@ class Operand:
         axes: names of its axes; empty where they could not be followed.
         how: a remark on how it was reached.
         index, heads: see `divergence.probes.onnx.found.Found`.
+        before: the same before the model's own code scales it.
     """
 
     value: str
@@ -46,6 +49,7 @@ class Operand:
     how: str
     index: int | None = None
     heads: int | None = None
+    before: Operand | None = None
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,18 @@ def _decomposed(graph: Graph, softmax: int) -> Product | None:
     scores, weighted = products_around(graph, softmax)
     if scores is None or weighted is None:
         return None
+    query, key = (_operand(graph, scores, which, value=False) for which in (0, 1))
+    both = all(any(step[2] == _SCALING for step in _steps(graph, *operand)) for operand in (query, key))
+
+    def exported(index: int) -> bool:
+        """Whether the scaling at node `index` is what an exporter makes of the attention itself."""
+        same = same_call(graph.nodes[scores], graph.nodes[index])
+        return both if same is None else same
+
     return Product(
         softmax,
-        _walk(graph, *_operand(graph, scores, 0, value=False)),
-        _walk(graph, *_operand(graph, scores, 1, value=False)),
+        _walk(graph, *query, exported),
+        _walk(graph, *key, exported),
         _walk(graph, *_operand(graph, weighted, 1, value=True)),
     )
 
@@ -154,32 +166,66 @@ def _einsum_axes(equation: str, which: int, *, value: bool) -> tuple[str, ...]:
     return tuple(names.get(label, "") for label in mine)
 
 
-def _walk(graph: Graph, value: str, axes: tuple[str, ...]) -> Operand:
-    """Follows `value` upwards through what only moves or scales elements.
+def _walk(
+    graph: Graph, value: str, axes: tuple[str, ...], exported: Callable[[int], bool] = lambda _: False
+) -> Operand:
+    """Follows `value` upwards through what only moves elements, or scales them for the exporter.
 
     Of the values with the same contents, the one nearest to the projection that has the layout of
     a cache is taken, else the one nearest to the projection whose heads are split.
+
+    Args:
+        graph: the graph.
+        value, axes: where to begin.
+        exported: whether the scaling at a node is the exporter's, not the model's own.
     """
     same = [(value, axes)]
     remarks: list[str] = []
-    for _ in range(_FAR):
-        step = _step(graph, value, axes)
-        if step is None:
+    before = None
+    for step in _steps(graph, value, axes):
+        made = graph.producer(same[-1][0])
+        if step[2] == _SCALING and made is not None and not exported(made):
+            before = _walk(graph, *step[:2], lambda _: True)
             break
-        value, axes, remark = step
-        if remark:
+        if step[2]:
             same.clear()
-            remarks.append(remark)
-        same.append((value, axes))
+            remarks.append(step[2])
+        same.append(step[:2])
+    if before is not None and same[-1][1][:1] == (_BATCH_HEAD,):
+        return _folded(graph, *same[-1], before, remarks)
     canonical = [found for found in same if found[1] == HEAD_AXES]
     split = [found for found in same if set(found[1]) == set(HEAD_AXES)]
     value, axes = (canonical or split or same[:1])[-1]
     if set(axes) != set(HEAD_AXES):
         axes = ()
-    return Operand(value, axes, ", ".join(dict.fromkeys(remarks)))
+    return Operand(value, axes, ", ".join(dict.fromkeys(remarks)), before=before)
 
 
+def _folded(graph: Graph, value: str, axes: tuple[str, ...], before: Operand, remarks: list[str]) -> Operand:
+    """An operand whose heads are folded into the batch, with as many as are told apart above it."""
+    heads = 0
+    for above, named, _ in _steps(graph, value, axes):
+        shape = graph.shape(above)
+        if "head" in named and shape is not None:
+            counts = [shape[i] for i, axis in enumerate(named) if axis in ("head", "repeat")]
+            heads = math.prod(n if isinstance(n, int) else 0 for n in counts)
+            break
+    axes = ("batch", "head", *axes[1:]) if heads else ()
+    return Operand(value, axes, ", ".join(dict.fromkeys(remarks)), heads=heads or None, before=before)
+
+
+_SCALING = "before scaling"
 _Step = tuple[str, tuple[str, ...], str]
+
+
+def _steps(graph: Graph, value: str, axes: tuple[str, ...]) -> Iterator[_Step]:
+    """Upwards from `value`, node by node."""
+    for _ in range(_FAR):
+        step = _step(graph, value, axes)
+        if step is None:
+            return
+        yield step
+        value, axes, _remark = step
 
 
 def _step(graph: Graph, value: str, axes: tuple[str, ...]) -> _Step | None:
@@ -195,9 +241,9 @@ def _step(graph: Graph, value: str, axes: tuple[str, ...]) -> _Step | None:
         return source, axes, f"before {node.op_type}"
     if node.op_type in ("Mul", "Div"):
         if graph.is_scalar(node.input[1]):
-            return source, axes, "before scaling"
+            return source, axes, _SCALING
         if node.op_type == "Mul" and graph.is_scalar(source):
-            return node.input[1], axes, "before scaling"
+            return node.input[1], axes, _SCALING
         return None
     if node.op_type == "Transpose" and axes:
         perm = attribute(node, "perm")

@@ -8,22 +8,75 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from divergence.probes.onnx.graph import Graph
+
+# Products that read weights, as their first or second input.
+PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "MatMulNBits", "Einsum", "Conv"})
 
 
-def split_calls(stack: Mapping[int, list[int]], labels: Sequence[str]) -> dict[int, list[list[int]]]:
+def split_calls(
+    stack: Mapping[int, list[int]],
+    labels: Sequence[str],
+    fixed: Sequence[bool] = (),
+    times: Callable[[Sequence[int]], int] = lambda _: 1,
+) -> dict[int, list[list[int]]]:
     """Splits the nodes of each layer of one stack by call.
 
     Args:
         stack: indices of nodes in topological order, by layer.
         labels: what each node of the graph is; empty for those that tell nothing (constants).
+        fixed: for each node whether it depends on no input. An exporter computes such once, in the
+            first call, for all calls.
+        times: how often nodes read every weight among them (see `reads_of_weights`).
     """
-    repeated = {layer: _repeats(nodes, labels) for layer, nodes in stack.items()}
-    if len({len(calls) for calls in repeated.values()}) == 1:
-        calls = len(next(iter(repeated.values())))
-        if calls > 1:
+    changing = [label if not still else "" for label, still in zip(labels, fixed, strict=False)]
+    for telling in (changing, labels):
+        repeated = {layer: _repeats(nodes, telling) for layer, nodes in stack.items()} if telling else {}
+        counts = {len(calls) for calls in repeated.values()}
+        if len(counts) == 1 and counts != {1}:
             return repeated
-    return _by_turns(stack)
+    turns = _by_turns(stack)
+    if changing and all(len(calls) == 1 for calls in turns.values()):
+        return {layer: _longer_first(nodes, changing, times(nodes)) for layer, nodes in stack.items()}
+    return turns
+
+
+def reads_of_weights(graph: Graph, nodes: Sequence[int], fixed: Sequence[bool]) -> int:
+    """How often `nodes` multiply with every weight among them, at the least: with none, once."""
+    reads: Counter[str] = Counter()
+    for index in nodes:
+        node = graph.nodes[index]
+        if node.op_type in PRODUCTS and not fixed[index]:
+            reads.update(name for name in node.input[:2] if name and _is_weight(graph, name, fixed))
+    return min(reads.values(), default=1)
+
+
+def _is_weight(graph: Graph, name: str, fixed: Sequence[bool]) -> bool:
+    made = graph.producer(name)
+    return name in graph.initializers if made is None else fixed[made]
+
+
+def _longer_first(nodes: Sequence[int], labels: Sequence[str], calls: int) -> list[list[int]]:
+    """`nodes` in `calls` pieces that are the same but for what the first has beside: an exporter computes
+    what is the same in every call (a mask) in the first alone. They all end alike: what stands behind
+    the end of the first belongs to a later call."""
+    telling = [node for node in nodes if labels[node]]
+    kinds = [labels[node] for node in telling]
+    common = {kind for kind, count in Counter(kinds).items() if count >= calls}
+    for length in range(len(kinds) // calls if calls > 1 else 0, 0, -1):
+        first = len(kinds) - (calls - 1) * length
+        piece = kinds[-length:]
+        rest = iter(kinds[:first])
+        alike = kinds[first - 1 :: length] == piece[-1:] * calls and common <= set(piece)
+        if alike and kinds[first:] == piece * (calls - 1) and all(kind in rest for kind in piece):
+            starts = range(first, len(kinds), length)
+            return [telling[:first], *(telling[at : at + length] for at in starts)]
+    return [list(nodes)]
 
 
 def _repeats(nodes: Sequence[int], labels: Sequence[str]) -> list[list[int]]:

@@ -122,6 +122,7 @@ def _found(graph: Graph, layer: Layer, tensor: str, operand: Operand, source: st
         f"node {graph.nodes[index].name or operand.value}" if index is not None else f"value {operand.value}"
     )
     how = ", ".join(part for part in (source, what, operand.how, node) if part)
+    before = operand.before if tensor != "query" else None
     return Found(
         Site(layer.index, tensor, layer.stack, layer.call),
         operand.value,
@@ -130,4 +131,5 @@ def _found(graph: Graph, layer: Layer, tensor: str, operand: Operand, source: st
         "scope",
         operand.index,
         operand.heads,
+        _found(graph, layer, tensor, before, source, what) if before is not None else None,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from divergence.captures import Capture
 from divergence.errors import ConfigurationError, nearest
+from divergence.probes.onnx.calls import reads_of_weights
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.graph import Graph
 from divergence.probes.onnx.layers import sites_of_layers
 from divergence.probes.onnx.names import declared_sites
 from divergence.probes.onnx.scopes import find_layers
+from divergence.probes.onnx.walk import depends_on_inputs
 from divergence.sites import DETAIL_TENSORS, Site, in_execution_order
 
 CACHED = ("key", "value", "cross_key", "cross_value")
@@ -41,6 +44,10 @@ class SiteMap:
         stacks = tuple(dict.fromkeys((*self.stacks, *(site.stack for site in found))))
         return _assembled(found, stacks, (*self.outputs,), (*self.notes, *notes))
 
+    def with_instead(self, others: Iterable[Found]) -> SiteMap:
+        """This mapping with `others` in place of what it has for their sites."""
+        return replace(self, found={**self.found, **{item.site: item for item in others}})
+
     def selected(self, *, detail: bool) -> list[Found]:
         """The sites of a run, in execution order."""
         return [f for site, f in self.found.items() if detail or site.tensor not in DETAIL_TENSORS]
@@ -52,8 +59,12 @@ def map_graph(graph: Graph, overrides: Mapping[str, str], reference: Capture | N
     Raises:
         ConfigurationError: an override is no site, or names a value that the graph does not have.
     """
-    layers = find_layers(graph.scopes, [n.op_type for n in graph.nodes], _counts(reference))
+    fixed = [not depends for depends in depends_on_inputs(graph)]
+    times = partial(reads_of_weights, graph, fixed=fixed)
+    layers = find_layers(graph.scopes, [n.op_type for n in graph.nodes], _counts(reference), fixed, times)
     stacks = list(dict.fromkeys(layer.stack for layer in layers))
+    untold = [layer for layer in layers if times(layer.nodes) > 1]
+    layers = [layer for layer in layers if layer not in untold]
     by_scope = list(sites_of_layers(graph, layers))
     cached = [f.site.stack for f in by_scope if f.site.tensor == "key"]
     if reference is not None and not stacks:
@@ -63,7 +74,11 @@ def map_graph(graph: Graph, overrides: Mapping[str, str], reference: Capture | N
         found[item.site] = item
     for item in declared_sites(graph, layers, list(dict.fromkeys(cached))):
         found.setdefault(item.site, item)
-    notes = []
+    notes = [
+        f"The graph runs {layer.path} more than once and does not tell its calls apart: sites of this layer "
+        "are not taken from its nodes."
+        for layer in untold
+    ]
     for item in by_scope:
         had = found.setdefault(item.site, item)
         if had.method == "name" and had.value != item.value and _declared_elsewhere(had, by_scope):

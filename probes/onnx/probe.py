@@ -27,7 +27,9 @@ from divergence.probes.onnx.inputs import feeds_of
 from divergence.probes.onnx.light import LightModel, read_light
 from divergence.probes.onnx.mapping import SiteMap, map_graph
 from divergence.probes.onnx.outputs import name_outputs
+from divergence.probes.onnx.own_keys import OwnKeys
 from divergence.probes.onnx.patterns import match_patterns
+from divergence.probes.onnx.scaling import settle_scales
 from divergence.probes.onnx.session import Session, check_provider
 from divergence.probes.onnx.unseen import unseen_infinities
 from divergence.probes.onnx.values import match_values, sizes_wanted
@@ -137,7 +139,7 @@ class OnnxProbe:
             run, site_map, more = self._prepare(inputs, silent)
             graph, notes = run.graph, [*site_map.notes, *more]
             outputs = self._outputs(run, site_map)
-        elif not site_map.found:
+        elif not site_map.found and not notes:
             notes.append(f"Of this graph {_NO_SITES}.")
         with _understanding(self.path):
             return Description(
@@ -195,12 +197,15 @@ class OnnxProbe:
         run, site_map, notes = self._prepare(inputs, progress)
         outputs = self._outputs(run, site_map)
         wanted = [*site_map.selected(detail=detail), *outputs]
+        own = OwnKeys(site_map.selected(detail=False), outputs, self._reference)
         infinite: dict[str, list[str]] = {}
         for observation, value in self._observe(run, wanted):
             tensor = observation.tensor
             if tensor.dtype == torch.float16 and bool(torch.isinf(tensor).any()):
                 infinite.setdefault(value, []).append(str(observation.site))
             sink(observation)
+            for again in own.saw(observation):
+                sink(again)
         reasons = unseen_infinities(run.graph, infinite, lambda v: self._fetch(run, v)) if infinite else {}
         return RunFacts(
             kind=self.kind,
@@ -209,7 +214,7 @@ class OnnxProbe:
             precision=facts.precision(run.graph),
             stacks=site_map.stacks,
             versions={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
-            notes=(*site_map.notes, *notes),
+            notes=(*site_map.notes, *notes, *own.notes),
             unseen_inf={site: reason for value, reason in reasons.items() for site in infinite[value]},
             outputs=tuple(dict.fromkeys(found.site.tensor for found in outputs)),
             details=self._details(wanted),
@@ -227,10 +232,12 @@ class OnnxProbe:
             with _understanding(self.path):
                 site_map = self._by_reference(run, site_map, self._reference)
         elif not site_map.found:
-            raise SourceError(f"{self.path}: {_NO_SITES}")
+            raise SourceError(f"{self.path}: {' '.join(site_map.notes) or _NO_SITES}")
         return run, site_map, notes
 
     def _by_reference(self, run: _Run, site_map: SiteMap, reference: Capture) -> SiteMap:
+        settled = settle_scales(site_map.found.values(), reference, lambda v: self._fetch(run, v))
+        site_map = site_map.with_instead(settled)
         missing = [site for site in reference.sites if site.layer is not None and site not in site_map.found]
         if not missing:
             return site_map
@@ -320,12 +327,7 @@ def _understanding(path: str) -> Iterator[None]:
 
 
 def _info(graph: Graph, found: Found) -> SiteInfo:
-    shape = graph.shape(found.value) or ()
-    if found.index is not None:
-        shape = shape[1:]
-    if found.heads is not None and len(shape) == 3:
-        last = shape[2]
-        shape = (*shape[:2], found.heads, last // found.heads if isinstance(last, int) else "?")
+    shape = found.shape(graph.shape(found.value) or ())
     return SiteInfo(found.site, found.how, dtype_name(graph.element_type(found.value)), shape)
 
 

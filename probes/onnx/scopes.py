@@ -7,6 +7,7 @@ the TorchScript exporter (`/model/layers.0/self_attn/MatMul`).
 from __future__ import annotations
 
 import ast
+import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
+_TRACE = "pkg.torch.onnx.stack_trace"
 _NUMBERED = re.compile(r"^(?P<stem>.*?[A-Za-z])_?(?P<index>\d+)$")
 # A module's later calls: `layers.0@1` in metadata; `layers.0_1`, `layers.0/norm_1` in node names.
 _CALL = re.compile(r"@\d+(?=\.|$)|(?<=\.\d)_\d+(?=\.|$)|(?<=\.\d\d)_\d+(?=\.|$)")
@@ -62,19 +64,32 @@ def origin(nodes: Sequence[NodeProto]) -> str:
     return "node names"
 
 
-def _own_scope(node: NodeProto) -> str | None:
+def same_call(first: NodeProto, second: NodeProto) -> bool | None:
+    """Whether two nodes were exported from one call of an operator of torch, as the parts of
+    `scaled_dot_product_attention` are; None if only the line of source that both stand for is the same,
+    or nothing is known of them."""
+    names = [_path(node) for node in (first, second)]
+    if all(names) and names[0] == names[1]:
+        return True
+    lines = [p.value for node in (first, second) for p in node.metadata_props if p.key == _TRACE]
+    return None if len(set(lines)) < 2 else False
+
+
+def _path(node: NodeProto) -> list[str]:
+    """The modules around `node`, and last what it was exported from; empty where nothing shows it."""
     metadata = {p.key: p.value for p in node.metadata_props}
+    names: list[str] = []
     if _SCOPES in metadata:
-        try:
-            names = ast.literal_eval(metadata[_SCOPES])
-        except (ValueError, SyntaxError):
-            names = []
-        if len(names) > 1:
-            return str(names[-2])
-    if "namespace" in metadata:
+        with contextlib.suppress(ValueError, SyntaxError):
+            names = [str(name) for name in ast.literal_eval(metadata[_SCOPES])]
+    if len(names) < 2 and "namespace" in metadata:
         names = [part.split(":")[0].strip() for part in metadata["namespace"].split("/")]
-        if len(names) > 1:
-            return str(names[-2])
+    return names if len(names) > 1 else []
+
+
+def _own_scope(node: NodeProto) -> str | None:
+    if names := _path(node):
+        return names[-2]
     if node.name.startswith("/"):
         return ".".join(part for part in node.name.split("/")[1:-1] if part)
     return None
@@ -113,7 +128,11 @@ class Layer:
 
 
 def find_layers(
-    scopes: Sequence[str | None], kinds: Sequence[str] = (), known: Mapping[str, int] | None = None
+    scopes: Sequence[str | None],
+    kinds: Sequence[str] = (),
+    known: Mapping[str, int] | None = None,
+    fixed: Sequence[bool] = (),
+    times: Callable[[Sequence[int]], int] = lambda _: 1,
 ) -> list[Layer]:
     """The layers of the outermost stacks of composite modules, in execution order.
 
@@ -122,6 +141,7 @@ def find_layers(
         kinds: operator of each node, by which calls of one layer are told apart.
         known: number of layers of each stack of a reference; where stacks are called differently
             here (an export of the decoder alone), its names are taken.
+        fixed, times: see `divergence.probes.onnx.calls.split_calls`.
     """
     inside: dict[tuple[str, int], set[str]] = defaultdict(set)
     for scope in dict.fromkeys(scopes):
@@ -143,7 +163,7 @@ def find_layers(
     ]
     layers = []
     for prefix, stack in nodes.items():
-        for index, calls in split_calls(stack, labels).items():
+        for index, calls in split_calls(stack, labels, fixed, times).items():
             for call, found in enumerate(calls, 1):
                 layers.append(Layer(names[prefix], index, call, paths[prefix, index], tuple(found)))
     # A stack runs when its first layer is done: a few of its nodes may stand far ahead of that.
