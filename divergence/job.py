@@ -229,7 +229,12 @@ class Job:
             return ReplayResult(
                 {}, ("the candidate gives no hidden states, so nothing was replayed: errors are cumulative",)
             )
-        return self._replayer(pytorch, precision).run(self.progress)
+        from divergence.probes.pytorch.own_keys import TAKEN_OVER
+
+        replayed = self._replayer(pytorch, precision).run(self.progress)
+        # A layer that is replayed gives what reaches attention; these sites hold something else.
+        own = {s for s, e in self.reference.entries.items() if e.found.startswith(TAKEN_OVER)}
+        return replace(replayed, introduced={s: x for s, x in replayed.introduced.items() if s not in own})
 
     def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
         from divergence.replay import Replayer
