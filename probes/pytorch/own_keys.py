@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,14 +21,21 @@ _TENSORS = frozenset({"key", "value", "cross_key", "cross_value"})
 TAKEN_OVER = "model output "
 """How what is handed over again says where it was found."""
 
+RETURNED = (TAKEN_OVER, "output named ")
+"""How any probe says that it found a key or value among what the model returns."""
+
+# Names by which other forms of the model, such as an ONNX file, show the same tensors at the same sites.
+_SHOWN = re.compile(r"(^|_)(keys?|k_cache|key_cache)$|(present|past|cache).*\*.*\bk(ey)?s?$", re.IGNORECASE)
+
 
 @dataclass(frozen=True)
 class _Seen:
-    """A key or value as it was observed in the last call of its layer."""
+    """A key or value as it was observed in the last call of its layer; `lengths` of a key's tokens."""
 
     site: Site
     shape: torch.Size
     digest: Digest
+    lengths: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class OwnKeys:
         site = seen.site
         if site.layer is not None and site.tensor in _TENSORS:
             address = site.stack, site.tensor, site.layer
-            self._seen[address] = _Seen(site, seen.tensor.shape, _hash(seen.tensor))
+            lengths = _lengths(seen.tensor) if site.tensor == "key" else None
+            self._seen[address] = _Seen(site, seen.tensor.shape, _hash(seen.tensor), lengths)
 
     def replace(self, outputs: Any) -> tuple[str, ...]:
         """Hands over again the keys and values among the model's outputs that differ from what was
@@ -112,6 +121,12 @@ class OwnKeys:
         if len({r.stack for r, rank in zip(readings, ranks, strict=True) if rank == best}) > 1:
             return
         reading, equal = readings[ranks.index(best)], same[ranks.index(best)]
+        if not any(equal) and self._only_turned(reading):
+            yield (
+                f"the keys in the model's output '{reading.name}' are turned against those that reach "
+                "attention, as before a rotary embedding; the latter are compared"
+            )
+            return
         for (layer, tensor), known in zip(reading.layers.items(), equal, strict=True):
             if not known:
                 seen = self._seen.get((reading.stack, reading.tensor, layer))
@@ -122,6 +137,20 @@ class OwnKeys:
                 f"the {reading.tensor} of {counted(len(equal) - sum(equal), 'layer')} is taken from the "
                 f"model's output '{reading.name}', which differs from what reaches attention"
             )
+
+    def _only_turned(self, reading: _Reading) -> bool:
+        """Whether the keys of all layers are as long as those seen, token by token, under a name that says
+        nothing to other forms of the model: these show what reaches attention."""
+        if reading.tensor != "key" or _SHOWN.search(reading.name):
+            return False
+        for layer, tensor in reading.layers.items():
+            seen = self._seen.get((reading.stack, reading.tensor, layer))
+            if seen is None or seen.lengths is None or seen.shape != tensor.shape:
+                return False
+            lengths = _lengths(tensor).to(seen.lengths.device)
+            if not torch.allclose(lengths, seen.lengths, rtol=_ROUNDED, equal_nan=True):
+                return False
+        return True
 
     def _same(self, reading: _Reading) -> list[bool]:
         """For each layer of `reading` whether it is what was seen. A device is waited for once."""
@@ -140,6 +169,14 @@ class OwnKeys:
 
 
 Digest = tuple[Tensor, Tensor]
+
+
+_ROUNDED = 1e-2  # relative; of a length in bf16 at most
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    """Length of the key of every head and token, which no rotation changes."""
+    return tensor.float().square().sum(-1).sqrt()
 
 
 def _hash(tensor: Tensor) -> Digest:

@@ -123,14 +123,26 @@ def test_keys_of_as_many_tokens_as_heads_may_have_the_two_exchanged() -> None:
     assert not notes and all(o.found == "cache" for o in seen.values() if o.site.tensor == "key")
 
 
+def _unrotated(form: Callable[[Pairs], Any]) -> Callable[[Pairs], Any]:
+    """`form` of keys that are as long as those that attention reads, and turned."""
+    return lambda pairs: form([(k.roll(1, -1), v) for k, v in pairs])
+
+
+@pytest.mark.parametrize("form", ["cache", "numbered", "stacked"])
+def test_keys_from_before_a_rotation_are_left_alone(form: str) -> None:
+    """Other forms of the model show the keys that attention reads."""
+    seen, notes = taken(Returning(_unrotated(FORMS[form])), inputs_for("llama"))
+    assert all(o.found == "cache" for o in seen.values() if o.site.tensor == "key")
+    assert len(notes) == 1 and "turned against those that reach attention" in notes[0]
+
+
 def test_keys_that_no_attention_reads_are_not_judged_by_a_replay() -> None:
     """A replayed layer gives what attention reads, here keys after a rotation."""
 
     class Unrotated(nn.Module):
         def __init__(self, dtype: torch.dtype) -> None:
             super().__init__()
-            self.inner = Returning(lambda pairs: {"present": tuple((k.roll(1, -1), v) for k, v in pairs)})
-            self.inner.to(dtype)
+            self.inner = Returning(_unrotated(FORMS["dotted"])).to(dtype)
 
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
             return self.inner(input_ids, attention_mask)
@@ -139,5 +151,5 @@ def test_keys_that_no_attention_reads_are_not_judged_by_a_replay() -> None:
         Unrotated(torch.float32), Unrotated(torch.bfloat16), inputs_for("llama"), replay="always"
     )
     assert result.verdict == "pass"
-    keys = [site for site in result.sites if site.site.endswith("key")]
-    assert keys and all(site.introduced is None for site in keys)
+    keys = [site for site in result.sites if site.site.startswith("layers") and "key" in site.site]
+    assert len(keys) == 3 and all(site.introduced is None for site in keys)
