@@ -13,10 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from divergence.errors import AlignmentError, ConfigurationError, nearest
+from divergence.errors import AlignmentError, ConfigurationError, counted, nearest
 from divergence.layout import STACKED, AmbiguousError, Axes, Layout, MisfitError, between
 from divergence.result import State, Unmatched
 from divergence.sites import HEAD_AXES, Site, matches
+from divergence.stack_pairs import layers_and_width, renamed_stacks
 from divergence.stacked import named_stack, role
 
 _REPEATABLE = frozenset({"key", "value", "cross_key", "cross_value"})
@@ -128,9 +129,10 @@ class _Aligner:
             )
         self.stacks = dict.fromkeys(site.stack for site in reference if site.layer is not None)
         theirs = dict.fromkeys(site.stack for site in candidate if site.layer is not None)
-        self.renamed: dict[str, str] = {}
-        if len(self.stacks) == len(theirs) == 1 and self.stacks != theirs:
-            self.renamed = dict(zip(self.stacks, theirs, strict=True))
+        self.renamed = renamed_stacks(list(self.stacks), list(theirs), reference, candidate)
+        alone = len(self.stacks) == len(theirs) == 1
+        self._only = "the only stack of each side" if alone else "the only stacks of one shape"
+        self.shared = [s for s in self.stacks if self.renamed.get(s, s) in theirs]
         self.used: set[Site] = set()
         self.pairs: list[Pair] = []
         self.open: list[tuple[Site, State, str]] = []
@@ -213,7 +215,7 @@ class _Aligner:
         if site.layer is not None and site.stack in self.renamed:
             theirs = self.renamed[site.stack]
             own = replace(site, stack=theirs)
-            note = f"the only stack of each side: {_stack(theirs)} is the reference's {_stack(site.stack)}"
+            note = f"{self._only}: {_stack(theirs)} is the reference's {_stack(site.stack)}"
         if own in self.candidate:
             return [_Offer(own, {}, note)]
         return self._stacks_of(site)
@@ -305,11 +307,12 @@ class _Aligner:
 
     def _refuse_strangers(self) -> None:
         """Raises where comparing makes no sense."""
-        ours, theirs = _model(self.reference), _model(self.candidate)
-        if ours and theirs and ours[1] != theirs[1] and (ours[0] != theirs[0] or not self.pairs):
+        ours = layers_and_width(self.reference, self.shared)
+        theirs = layers_and_width(self.candidate, [self.renamed.get(s, s) for s in self.shared])
+        if ours and theirs and ours[1] != theirs[1] and (ours[0] != theirs[0] or self._no_layer_fits()):
             raise AlignmentError(
-                f"the candidate has {theirs[0]} layers of {theirs[1]} channels, the reference {ours[0]} of "
-                f"{ours[1]}: these are different models"
+                f"the candidate has {counted(theirs[0], 'layer')} of {theirs[1]} channels, the reference "
+                f"{ours[0]} of {ours[1]}: these are different models"
             )
         if self.pairs:
             return
@@ -325,6 +328,12 @@ class _Aligner:
             f"nothing corresponds: the reference has {_listed(self.reference)}, the candidate "
             f"{_listed(self.candidate)}; map them in divergence.toml under [sources.NAME.sites]"
         )
+
+    def _no_layer_fits(self) -> bool:
+        """Whether both sides have the layers' sites, none is excluded, and not one has a partner."""
+        paired = any(pair.reference.layer is not None for pair in self.pairs)
+        states = {state for site, state, _ in self.open if site.layer is not None}
+        return not self.pairs or (not paired and "shape mismatch" in states and "excluded" not in states)
 
 
 def _find(text: str, sites: Mapping[Site, Described], side: str) -> Site:
@@ -346,17 +355,6 @@ def _given_axes(site: Site, entry: Described, axes: Mapping[str, Sequence[str]])
             f"give each one of {', '.join(known)}, none twice"
         )
     return names
-
-
-def _model(sites: Mapping[Site, Described]) -> tuple[int, int] | None:
-    """Number of layers and width of the hidden states, where they are known."""
-    hidden = [site for site in sites if site.layer is not None and site.tensor == "hidden"]
-    if not hidden:
-        return None
-    layers = {(site.stack, site.layer) for site in sites if site.layer is not None}
-    entry = sites[hidden[0]]
-    axis = entry.axes.index("channel") if "channel" in entry.axes else -1
-    return (len(layers), entry.shape[axis]) if entry.shape else None
 
 
 def _listed(sites: Iterable[Site]) -> str:

@@ -202,9 +202,10 @@ def overall(links: Sequence[Link], steps: Sequence[Step]) -> tuple[Verdict, str]
     if "fail" in verdicts:
         failing = [link.name for link in links if link.comparison.verdict == "fail"]
         return "fail", f"{', '.join(failing)} {'fails' if len(failing) == 1 else 'fail'}, by step: {summary}"
+    all_are = "the only candidate is" if len(links) == 1 else f"all {len(links)} candidates are"
     if all(step.bit_equal for step in steps):
-        return "pass", f"all {len(links)} candidates are equal to the reference to the bit"
-    return "pass", f"all {len(links)} candidates are within their limits"
+        return "pass", f"{all_are} equal to the reference to the bit"
+    return "pass", f"{all_are} within {'its' if len(links) == 1 else 'their'} limits"
 
 
 def _in_a_word(step: Step) -> str:

@@ -15,7 +15,7 @@ import click
 
 from divergence import __version__
 from divergence.cli_options import common, comparison, engine, sample
-from divergence.errors import DivergenceError, one_line
+from divergence.errors import DivergenceError, counted, one_line
 from divergence.report_commands import diff, report, reports_into
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def capture(
             config=config,
             progress=shown,
         )
-    click.echo(f"{out}: {len(taken.sites)} sites of {taken.facts.source}")
+    click.echo(f"{out}: {counted(len(taken.sites), 'site')} of {taken.facts.source}")
     return 0
 
 
@@ -316,7 +316,7 @@ def build(
     for warning in sidecar.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(
-        f"{out}: {sidecar.precision}, {len(sidecar.outputs)} sites as {sidecar.look}, "
+        f"{out}: {sidecar.precision}, {counted(len(sidecar.outputs), 'site')} as {sidecar.look}, "
         f"built in {sidecar.seconds:.0f} s{f'; without them: {sidecar.plain}' if sidecar.plain else ''}"
     )
     return 0

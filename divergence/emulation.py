@@ -10,6 +10,7 @@ CPU this is also four times faster than the native kernels where the machine has
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ _PRODUCTS = frozenset(
 )
 _SOFTMAX = frozenset({functional.softmax, torch.softmax, Tensor.softmax})
 _WEIGHTED = frozenset({functional.linear, torch.addmm})
+_NO_KERNEL = re.compile(r"\b(double|float64)\b", re.IGNORECASE)
 _FP8_MAX = 448.0  # largest finite value of float8_e4m3fn
 
 
@@ -151,7 +153,7 @@ class _Products(TorchFunctionMode):
             kwargs["dtype"] = torch.float64
         attention = func is functional.scaled_dot_product_attention
         if not attention and func not in _PRODUCTS:
-            return func(*args, **kwargs)
+            return _called(func, args, kwargs) if self._precision == "fp64" else func(*args, **kwargs)
         if self._round is not None:
             if self._precision == "tf32" or func in _WEIGHTED:
                 args = tuple(self._rounded(func, i, a) for i, a in enumerate(args))
@@ -171,7 +173,7 @@ class _Products(TorchFunctionMode):
             # One dtype throughout; a buffer kept in fp32 would otherwise be refused.
             if len(dtypes) > 1:
                 args, kwargs = cast((args, kwargs), self._precision)
-            return func(*args, **kwargs)
+            return _called(func, args, kwargs) if storage is torch.float64 else func(*args, **kwargs)
         args, kwargs = mapped((args, kwargs), lambda t: t.float() if t.is_floating_point() else t)
         return func(*args, **kwargs).to(storage)
 
@@ -185,6 +187,19 @@ class _Products(TorchFunctionMode):
         if func is functional.linear and index == 2:
             return value
         return self._round(value, -1)
+
+
+def _called(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` gives for fp64 tensors; of an operator that takes none (products of grouped experts) what
+    it gives for them in fp32, in fp64 again."""
+    try:
+        return func(*args, **kwargs)
+    except RuntimeError as error:
+        floating = {t.dtype for t in tensors_in((args, kwargs)) if t.is_floating_point()}
+        if floating != {torch.float64} or not _NO_KERNEL.search(str(error)):
+            raise
+    args, kwargs = mapped((args, kwargs), lambda t: t.float() if t.is_floating_point() else t)
+    return mapped(func(*args, **kwargs), lambda t: t.double() if t.is_floating_point() else t)
 
 
 def round_tf32(value: Tensor, axis: int = -1) -> Tensor:  # noqa: ARG001 - one signature for all

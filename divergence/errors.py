@@ -57,3 +57,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """A clause `; did you mean 'X'?` naming the known name nearest to `name`, or nothing."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

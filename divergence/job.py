@@ -230,7 +230,19 @@ class Job:
             return ReplayResult(
                 {}, ("the candidate gives no hidden states, so nothing was replayed: errors are cumulative",)
             )
-        return self._replayer(pytorch, precision).run(self.progress)
+        replayed = self._replayer(pytorch, precision).run(self.progress)
+        follows = {s: x for s, x in replayed.introduced.items() if not self._beside_attention(s)}
+        return replace(replayed, introduced=follows)
+
+    def _beside_attention(self, site: Site) -> bool:
+        """Whether both sides show at `site` what the model returns, and that is not what reaches attention,
+        which is what a layer that is replayed gives."""
+        from divergence.probes.pytorch.own_keys import RETURNED, TAKEN_OVER
+
+        if site not in self.pairs or not self.reference.entries[site].found.startswith(TAKEN_OVER):
+            return False
+        candidate = self.pairs[site].candidate
+        return candidate.layer is None or self.candidate.entries[candidate].found.startswith(RETURNED)
 
     def _replayer(self, pytorch: PyTorchProbe, precision: str) -> Replayer:
         """What replays the reference on the candidate's hidden states, and knows what they make of the

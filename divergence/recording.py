@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from divergence.budget import Budget
 from divergence.captures import MANIFEST, MASK_PREFIX, SCHEMA, Capture, Entry, partial_of
-from divergence.errors import CaptureError, one_line
+from divergence.errors import CaptureError, counted, one_line
 from divergence.lanes import Filling, Lane, Shards
 from divergence.precision import dtype_name
 from divergence.probes import Observation, RunFacts
@@ -257,6 +257,7 @@ class CaptureWriter:
             free = shutil.disk_usage(where).free
             return CaptureError(
                 f"{where}: the disk is full while capturing ({free >> 20} MiB free, "
-                f"{len(self._entries)} sites so far); free some space or set TMPDIR or --out elsewhere"
+                f"{counted(len(self._entries), 'site')} so far); free some space or set "
+                "TMPDIR or --out elsewhere"
             )
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from divergence.errors import counted
 from divergence.result import METRICS, FirstDivergence, SiteResult, Unmatched, Verdict
 
 if TYPE_CHECKING:
@@ -197,16 +198,22 @@ def overall(results: Sequence[SiteResult], unmatched: Sequence[Unmatched]) -> tu
         also = f", and {more} more site{'s fail' if more > 1 else ' fails'}" if more else ""
         return "fail", f"{first.site} {first.reason}{also}"
     if missing:
+        were, them = ("was", "it") if len(missing) == 1 else ("were", "them")
         return "fail", (
-            f"{len(missing)} sites of the reference were not compared, the first {missing[0].site} "
-            f"({missing[0].state}); map them in the configuration, or exclude them by name"
+            f"{counted(len(missing), 'site')} of the reference {were} not compared, {_first(missing)} "
+            f"({missing[0].state}); map {them} in the configuration, or exclude {them} by name"
         )
     if broken:
         return (
             "error",
-            f"{len(broken)} sites could not be judged, the first {broken[0].site}: {broken[0].reason}",
+            f"{counted(len(broken), 'site')} could not be judged, {_first(broken)}: {broken[0].reason}",
         )
     equal = sum(r.bit_equal for r in results)
-    if equal == len(results):
-        return "pass", f"all {equal} sites are equal to the bit"
-    return "pass", f"all {len(results)} sites are within their limits"
+    held = "equal to the bit" if equal == len(results) else "within their limits"
+    if len(results) == 1:
+        return "pass", f"the only site is {held.replace('their', 'its')}"
+    return "pass", f"all {len(results)} sites are {held}"
+
+
+def _first(of: Sequence[SiteResult | Unmatched]) -> str:
+    return of[0].site if len(of) == 1 else f"the first {of[0].site}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from divergence import verdict
 from divergence.config import Tolerance
+from divergence.errors import counted as counted
 from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
 from divergence.working import file_name
@@ -159,11 +160,6 @@ def times(ratio: float | None) -> str:
 def span(low: float | None, high: float | None) -> str:
     """A range of values: `[-35, 40]`; `[]` where there is none."""
     return "[]" if low is None or high is None else f"[{number(low)}, {number(high)}]"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 site`, `2 sites`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from divergence.reports import counted
 from divergence.reports.page import Page
 from divergence.reports.words import part
 from divergence.result import Comparison, Hypothesis
@@ -23,7 +24,7 @@ def render_explanation(
         page.section("Nothing was diagnosed", _why_not(comparison))
     for site in dict.fromkeys(h.site for h in comparison.diagnosis):
         tried = [h for h in comparison.diagnosis if h.site == site]
-        page.section(site, f"{len(tried)} causes tried, best first")
+        page.section(site, f"{counted(len(tried), 'cause')} tried, best first")
         for rank, hypothesis in enumerate(tried, 1):
             _hypothesis(page, rank, hypothesis)
     named = [c for c in comparison.causes if c.id == "unknown"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from divergence.pairs_result import PairResult, Pairs
-from divergence.reports import number
+from divergence.reports import counted, number
 from divergence.reports.assertion import figures
 from divergence.reports.chain import write_row
 from divergence.reports.markdown import MARKS, address, code_span, prose
@@ -113,4 +113,4 @@ def _table(pairs: Pairs) -> list[str]:
         said = (MARKS[c.verdict] + (f" {code_span(_where(c))}" if c.verdict == "fail" else "") for c in cells)
         lines.append(f"| {code_span(name)} | {' | '.join(said)} |")
     left = len(pairs.pairs) - len(samples) * len(names)
-    return [*lines, "", *([f"{left} more pairs in the index.", ""] if left else [])]
+    return [*lines, "", *([f"{counted(left, 'more pair')} in the index.", ""] if left else [])]

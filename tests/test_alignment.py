@@ -169,6 +169,23 @@ def test_single_stacks_of_other_names_match_with_a_note() -> None:
     )
 
 
+@pytest.mark.parametrize("several", ["reference", "candidate"])
+def test_the_only_stack_of_a_side_is_the_one_of_its_shape(several: str) -> None:
+    """A probe may see a stack, such as one of convolutions, that another does not."""
+    both = model(2, 40, stack="convolutions") | model(stack="encoder")
+    sides = (both, model()) if several == "reference" else (model(), both)
+    alignment = align(*sides)
+    assert len(alignment.pairs) == 3 * L
+    assert all({p.reference.stack, p.candidate.stack} == {"", "encoder"} for p in alignment.pairs)
+    assert alignment.pairs[0].layout.note.startswith("the only stacks of one shape: ")
+
+
+def test_of_several_stacks_of_one_shape_none_is_taken() -> None:
+    both = model(stack="encoder") | model(stack="decoder")
+    with pytest.raises(AlignmentError, match="nothing corresponds"):
+        align(model(), both)
+
+
 def test_several_stacks_are_not_guessed() -> None:
     """One candidate stack may be either."""
     reference = model(stack="encoder") | model(stack="decoder")
@@ -363,6 +380,16 @@ def test_different_models_are_refused() -> None:
     """Both sides are named with what tells them apart."""
     with pytest.raises(AlignmentError, match="4 layers of 64 channels, the reference 30 of 576: these are"):
         align(model(30, 576), model(4, 64))
+
+
+def test_models_of_another_width_are_refused_though_their_outputs_fit() -> None:
+    logits = output("logits", (B, T, 50))
+    narrow = model(channels=6, sizes=(B, H, T, 3)) | logits
+    with pytest.raises(AlignmentError, match="has 3 layers of 6 channels, the reference 3 of 12"):
+        align(model() | logits, narrow)
+    assert len(align(model() | logits, narrow, exclude=["layers.*"]).pairs) == 1
+    same_keys = model(channels=6) | logits
+    assert len(align(model() | logits, same_keys).pairs) == 2 * L + 1
 
 
 def test_runs_on_different_inputs_are_refused() -> None:

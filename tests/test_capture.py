@@ -346,7 +346,7 @@ def test_full_disk_is_named_with_what_to_do(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "pwrite", full)
     message = _fill_the_disk(tmp_path)
     assert message.startswith(f"{tmp_path}: the disk is full while capturing (")
-    assert message.endswith("1 sites so far); free some space or set TMPDIR or --out elsewhere")
+    assert message.endswith("1 site so far); free some space or set TMPDIR or --out elsewhere")
 
 
 def test_another_failure_of_the_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

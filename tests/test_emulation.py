@@ -110,3 +110,31 @@ def test_casting_a_mask_to_fp16_stays_finite_and_keeps_infinities() -> None:
     mask = torch.tensor([0.0, -3.4e38, float("-inf")])
     assert cast((mask, [mask], {"m": mask}), "fp16")[0].tolist() == [0.0, -65504.0, float("-inf")]
     assert cast(mask, "tf32") is mask
+
+
+def test_an_operator_without_a_kernel_for_fp64_runs_in_fp32() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(2, 16, 8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            ends = torch.tensor([3, 8], dtype=torch.int32)
+            return torch.nn.functional.grouped_mm(x, self.weight, offs=ends)
+
+    experts, x = Experts(), torch.randn(8, 16, dtype=torch.float64)
+    with torch.inference_mode(), reduced([experts], "fp64"):
+        found = experts(x)
+    expected = torch.cat((x[:3] @ experts.weight[0].double(), x[3:] @ experts.weight[1].double()))
+    assert found.dtype is torch.float64
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_fails_for_another_reason_still_fails_in_fp64() -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((x, x[:1, :1]))
+
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"), reduced([Wrong()], "fp64"):
+        Wrong()(torch.zeros(2, 2, dtype=torch.float64))

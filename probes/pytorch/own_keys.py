@@ -3,71 +3,180 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from divergence.errors import counted
 from divergence.probes import Observation, Sink
+from divergence.probes.pytorch.returned import ByLayer, Stacked, keys_by_layer, keys_stacked
 from divergence.probes.pytorch.stacks import Stack
 from divergence.sites import HEAD_AXES, Site
 
-_OWN_KEYS = re.compile(r"(^|_)(keys?|k_cache|key_cache)$")
-_OWN_VALUES = re.compile(r"(^|_)(values?|v_cache|value_cache)$")
+_TENSORS = frozenset({"key", "value", "cross_key", "cross_value"})
+TAKEN_OVER = "model output "
+"""How what is handed over again says where it was found."""
+
+RETURNED = (TAKEN_OVER, "output named ")
+"""How any probe says that it found a key or value among what the model returns."""
+
+# Names by which other forms of the model, such as an ONNX file, show the same tensors at the same sites.
+_SHOWN = re.compile(r"(^|_)(keys?|k_cache|key_cache)$|(present|past|cache).*\*.*\bk(ey)?s?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A key or value as it was observed in the last call of its layer; `lengths` of a key's tokens."""
+
+    site: Site
+    shape: torch.Size
+    digest: Digest
+    lengths: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What a model returned, read as the keys or values of the layers of `stack`."""
+
+    stack: str
+    tensor: str
+    name: str
+    layers: Mapping[int, Tensor]
+    found: str
 
 
 class OwnKeys:
     """Keys and values that the model itself returns take precedence over what attention reads:
-    a cache may hold them before the rotary embedding.
+    a cache may hold them before the rotary embedding, or hold what attention never read.
 
     Args:
-        stacks: the model's; with several, what an output belongs to is not known, and none is taken.
+        stacks: the model's.
         sink: receives what is handed over again.
     """
 
     def __init__(self, stacks: tuple[Stack, ...], sink: Sink) -> None:
-        self._stack = stacks[0] if len(stacks) == 1 else None
+        self._stacks = {stack.name: len(stack.layers) for stack in stacks}
         self._sink = sink
-        self._seen: dict[Site, tuple[torch.Size, Digest]] = {}
+        self._seen: dict[tuple[str, str, int], _Seen] = {}
 
     def saw(self, seen: Observation) -> None:
         """Notes a digest of a key or value as it was observed."""
-        if self._stack is not None and seen.site.tensor in ("key", "value"):
-            self._seen[seen.site] = (seen.tensor.shape, _hash(seen.tensor))
+        site = seen.site
+        if site.layer is not None and site.tensor in _TENSORS:
+            address = site.stack, site.tensor, site.layer
+            lengths = _lengths(seen.tensor) if site.tensor == "key" else None
+            self._seen[address] = _Seen(site, seen.tensor.shape, _hash(seen.tensor), lengths)
 
-    def replace(self, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Hands over again the keys and values among the model's outputs `leaves` that differ from what
-        was observed. Returns what to note."""
-        if self._stack is None:
-            return ()
-        notes = []
-        for tensor, pattern in (("key", _OWN_KEYS), ("value", _OWN_VALUES)):
-            names = [n for n in leaves if pattern.search(n) and leaves[n].dim() == 5]
-            if len(names) != 1:
-                continue
-            stacked = leaves[names[0]]
-            count = len(self._stack.layers)
-            axes = [axis for axis in (1, 0, 2) if stacked.shape[axis] == count]
-            if not axes:
-                continue
-            sites = [Site(layer, tensor, self._stack.name) for layer in range(count)]
-            layers = stacked.movedim(axes[0], 0)
-            same = _same([self._seen.get(site) for site in sites], layers)
-            differing = count - sum(same)
-            for site, held, known in zip(sites, layers.unbind(), same, strict=True):
-                if known:
+    def replace(self, outputs: Any) -> tuple[str, ...]:
+        """Hands over again the keys and values among the model's outputs that differ from what was
+        observed. Returns what to note."""
+        by_layer, stacked = keys_by_layer(outputs), keys_stacked(outputs)
+        # Of several that are outputs of their own, which one is the cache is not known; they are compared
+        # as outputs.
+        plain = Counter([x.tensor for x in by_layer if not x.aside] + [x.tensor for x in stacked])
+        found = [self._by_layer(x) for x in by_layer if x.aside or plain[x.tensor] == 1]
+        found += [self._stacked(x) for x in stacked if plain[x.tensor] == 1]
+        return tuple(note for readings in found for note in self._take(list(readings)))
+
+    def _by_layer(self, kept: ByLayer) -> Iterator[_Reading]:
+        """`kept` as layers of each stack that it fits: other shapes are another layout, or a window."""
+        for stack, count in self._stacks.items():
+            fitting = {
+                layer: tensor
+                for layer, tensor in kept.layers.items()
+                if (seen := self._seen.get((stack, kept.tensor, layer))) and seen.shape == tensor.shape
+            }
+            if count == kept.count and fitting:
+                yield _Reading(stack, kept.tensor, kept.name, fitting, f"{TAKEN_OVER}'{kept.name}'")
+
+    def _stacked(self, kept: Stacked) -> Iterator[_Reading]:
+        """`kept` as layers of each stack that it fits. Where attention showed no heads, a stack of them
+        is more than what was seen."""
+        for stack, count in self._stacks.items():
+            for axis in (1, 0, 2):
+                if kept.layers.shape[axis] != count:
                     continue
-                found = f"model output '{names[0]}', layer along axis {axes[0]}"
-                self._sink(Observation(site, held, HEAD_AXES, found))
-            if differing:
-                notes.append(
-                    f"the {tensor} of {differing} layers is taken from the model's output '{names[0]}', "
-                    "which differs from what reaches attention"
-                )
-        return tuple(notes)
+                layers = dict(enumerate(kept.layers.movedim(axis, 0).unbind()))
+                seen = [self._seen.get((stack, kept.tensor, layer)) for layer in layers]
+                shapes = {s.shape for s in seen if s is not None and len(s.shape) == len(HEAD_AXES)}
+                if shapes <= {layers[0].shape}:
+                    found = f"{TAKEN_OVER}'{kept.name}', layer along axis {axis}"
+                    yield _Reading(stack, kept.tensor, kept.name, layers, found)
+
+    def _take(self, readings: list[_Reading]) -> Iterator[str]:
+        """Hands over what differs in the likeliest of `readings`: the one of which most was seen, and of
+        several stacks the one that attends to another, for that is the one with a cache."""
+        if not readings:
+            return
+        same = [self._same(reading) for reading in readings]
+        ranks = [
+            (sum(equal), (reading.stack, "cross_key", 0) in self._seen)
+            for reading, equal in zip(readings, same, strict=True)
+        ]
+        best = max(ranks)
+        if len({r.stack for r, rank in zip(readings, ranks, strict=True) if rank == best}) > 1:
+            return
+        reading, equal = readings[ranks.index(best)], same[ranks.index(best)]
+        if not any(equal) and self._only_turned(reading):
+            yield (
+                f"the keys in the model's output '{reading.name}' are turned against those that reach "
+                "attention, as before a rotary embedding; the latter are compared"
+            )
+            return
+        for (layer, tensor), known in zip(reading.layers.items(), equal, strict=True):
+            if not known:
+                seen = self._seen.get((reading.stack, reading.tensor, layer))
+                site = seen.site if seen else Site(layer, reading.tensor, reading.stack)
+                self._sink(Observation(site, tensor, HEAD_AXES, reading.found))
+        if not all(equal):
+            yield (
+                f"the {reading.tensor} of {counted(len(equal) - sum(equal), 'layer')} is taken from the "
+                f"model's output '{reading.name}', which differs from what reaches attention"
+            )
+
+    def _only_turned(self, reading: _Reading) -> bool:
+        """Whether the keys of all layers are as long as those seen, token by token, under a name that says
+        nothing to other forms of the model: these show what reaches attention."""
+        if reading.tensor != "key" or _SHOWN.search(reading.name):
+            return False
+        for layer, tensor in reading.layers.items():
+            seen = self._seen.get((reading.stack, reading.tensor, layer))
+            if seen is None or seen.lengths is None or seen.shape != tensor.shape:
+                return False
+            lengths = _lengths(tensor).to(seen.lengths.device)
+            if not torch.allclose(lengths, seen.lengths, rtol=_ROUNDED, equal_nan=True):
+                return False
+        return True
+
+    def _same(self, reading: _Reading) -> list[bool]:
+        """For each layer of `reading` whether it is what was seen. A device is waited for once."""
+        answers = []
+        for layer, tensor in reading.layers.items():
+            seen = self._seen.get((reading.stack, reading.tensor, layer))
+            fits = seen is not None and seen.shape == tensor.shape
+            answers.append(_equal(seen.digest, tensor) if seen and fits else torch.tensor(data=False))
+        devices = dict.fromkeys(answer.device for answer in answers)
+        fetched: dict[int, bool] = {}
+        for device in devices:
+            of_device = [i for i, answer in enumerate(answers) if answer.device == device]
+            told = torch.stack([answers[i] for i in of_device]).tolist()
+            fetched.update(zip(of_device, told, strict=True))
+        return [fetched[i] for i in range(len(answers))]
 
 
 Digest = tuple[Tensor, Tensor]
+
+
+_ROUNDED = 1e-2  # relative; of a length in bf16 at most
+
+
+def _lengths(tensor: Tensor) -> Tensor:
+    """Length of the key of every head and token, which no rotation changes."""
+    return tensor.float().square().sum(-1).sqrt()
 
 
 def _hash(tensor: Tensor) -> Digest:
@@ -78,14 +187,15 @@ def _hash(tensor: Tensor) -> Digest:
     return rows, columns
 
 
-def _same(seen: Sequence[tuple[torch.Size, Digest] | None], held: Tensor) -> list[bool]:
-    """For each layer of `held` whether it is what was seen. The device is waited for once."""
-    known = {i: layer[1] for i, layer in enumerate(seen) if layer is not None and layer[0] == held.shape[1:]}
-    if not known:
-        return [False] * len(seen)
-    equal = torch.ones(len(known), dtype=torch.bool, device=held.device)
-    for part, digest in enumerate(_hash(held)):
-        before = torch.stack([layer[part].to(held.device) for layer in known.values()])
-        equal &= (before == digest[list(known)]).flatten(1).all(1)
-    answers = dict(zip(known, equal.tolist(), strict=True))
-    return [answers.get(i, False) for i in range(len(seen))]
+def _equal(seen: Digest, tensor: Tensor) -> Tensor:
+    """Whether `tensor` has the digest `seen`, itself or, where its shape leaves open which axis goes over
+    heads and which over tokens, with these two exchanged."""
+    answer = _matches(seen, tensor)
+    if tensor.dim() == len(HEAD_AXES) and tensor.shape[1] == tensor.shape[2]:
+        answer = answer | _matches(seen, tensor.transpose(1, 2))
+    return answer
+
+
+def _matches(seen: Digest, tensor: Tensor) -> Tensor:
+    parts = [(b.to(a.device) == a).all() for a, b in zip(_hash(tensor), seen, strict=True)]
+    return parts[0] & parts[1]

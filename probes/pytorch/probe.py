@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,14 +19,9 @@ from divergence.probes.pytorch.layer_call import LayerCall
 from divergence.probes.pytorch.observer import LayerObserver
 from divergence.probes.pytorch.own_keys import OwnKeys
 from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
+from divergence.probes.pytorch.returned import REPEATED, leaves
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import Site
-
-# Leaves of a model's output that repeat what the sites already hold.
-_REPEATED = re.compile(
-    r"^(past_key_values?|presents?|hidden_states|attentions|encoder_hidden_states"
-    r"|encoder_attentions|decoder_hidden_states|decoder_attentions|cross_attentions)\."
-)
 
 
 class PyTorchProbe:
@@ -243,8 +236,8 @@ class PyTorchProbe:
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
         ran()
-        leaves = dict(output_leaves(outputs))
-        for name, tensor in leaves.items():
+        plain = dict(output_leaves(outputs))
+        for name, tensor in plain.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
         if record:
             self.calls = observer.calls
@@ -254,7 +247,7 @@ class PyTorchProbe:
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        return tuple(observer.order), tuple(leaves), own.replace(leaves)
+        return tuple(observer.order), tuple(plain), own.replace(outputs)
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names."""
@@ -300,26 +293,12 @@ class PyTorchProbe:
             )
 
 
-def output_leaves(outputs: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+def output_leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model's output by dotted name, without those that repeat the sites
     (caches, hidden states of every layer)."""
-    if isinstance(outputs, Tensor):
-        name = prefix.rstrip(".") or "0"
-        if not _REPEATED.match(prefix):
-            yield name, outputs
-        return
-    if isinstance(outputs, Mapping):
-        items = list(outputs.items())
-    elif hasattr(outputs, "_fields"):
-        items = list(zip(outputs._fields, outputs, strict=True))
-    elif isinstance(outputs, tuple | list):
-        items = [(str(i), value) for i, value in enumerate(outputs)]
-    elif dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
-        items = [(f.name, getattr(outputs, f.name)) for f in dataclasses.fields(outputs)]
-    else:
-        return
-    for name, value in items:
-        yield from output_leaves(value, f"{prefix}{name}.")
+    for name, leaf in leaves(outputs):
+        if isinstance(leaf, Tensor) and not REPEATED.match(f"{name}."):
+            yield name, leaf
 
 
 @contextlib.contextmanager

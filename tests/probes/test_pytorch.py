@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -236,6 +237,32 @@ def test_stacks_are_found_by_structure_and_named_apart() -> None:
             self.block_0, self.block_1, self.head = OwnKeys.Layer(), OwnKeys.Layer(), nn.Linear(8, 8)
 
     assert [(s.path, len(s.layers)) for s in find_stacks(Numbered())] == [("block", 2)]
+
+
+def test_blocks_that_hold_their_weights_themselves_are_layers() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into = nn.Parameter(torch.randn(8, 16))
+            self.back = nn.Parameter(torch.randn(16, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + (x @ self.into).relu() @ self.back
+
+    class Own(nn.Module):
+        def __init__(self, kind: Callable[[], nn.Module]) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(kind() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    seen = observed(Own(Block), {"x": torch.randn(1, 4, 8)})
+    assert [site for site in seen if "hidden" in site] == [f"layers.{i}.hidden" for i in range(3)]
+    assert not find_stacks(Own(lambda: nn.Linear(8, 8)))
+    assert not find_stacks(Own(lambda: nn.GRUCell(8, 8)))
 
 
 @pytest.mark.parametrize("group", [1, 2, 3, 6])
