@@ -178,15 +178,13 @@ def test_a_square_left_out_after_the_activation_is_told(squared: Callable[[Tenso
     }
 
 
-def test_no_epsilon_that_nobody_sets_is_named() -> None:
-    """A branch that is lost in part looks like a norm that makes little of its input."""
-
+def test_an_epsilon_beyond_the_usual_is_named_where_it_explains_everything() -> None:
     def fault(model: Any) -> None:
-        norm = layer(model, 1).post_attention_layernorm
-        norm.variance_epsilon = 0.9
+        layer(model, 1).post_attention_layernorm.variance_epsilon = 0.05
 
     cause = first_cause(MODELS["llama"](), fault)
-    assert cause.id != "norm_eps"
+    assert (cause.id, cause.site) == ("norm_eps", "layers.1.hidden")
+    assert cause.parameters["epsilon"] == pytest.approx(0.05, rel=0.02)
 
 
 @pytest.mark.parametrize(

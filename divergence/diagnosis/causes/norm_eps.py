@@ -14,8 +14,8 @@ from divergence.diagnosis.trace import Call, Handler
 
 ID = "norm_eps"
 
-_USUAL = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
-_LARGEST = 1.02e-2
+_USUAL = (1e-12, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+_LARGEST = 1.02e-2  # beyond it an epsilon fits many a loss of size that has nothing to do with the norm
 
 
 def trials(case: Case) -> Iterator[Trial]:
@@ -33,13 +33,13 @@ def trials(case: Case) -> Iterator[Trial]:
             starts=_starts(known),
             accept=partial(_is_other, known),
             parameters=partial(_reported, known),
+            exact=lambda epsilon: epsilon > _LARGEST,
             fix=f"set the epsilon of the norm to {known:g} (rms_norm_eps, layer_norm_eps, variance_epsilon)",
         )
 
 
 def _is_other(known: float, epsilon: float) -> bool:
-    # Beyond what anyone sets an epsilon fits many a loss of size that has nothing to do with the norm.
-    return 0 <= epsilon <= max(_LARGEST, known) and abs(epsilon - known) > 1e-2 * known
+    return 0 <= epsilon < 1 and abs(epsilon - known) > 1e-2 * known
 
 
 def _reported(known: float, epsilon: float) -> dict[str, float]:
