@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,15 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Reading:
-    """What a model returned, read as the keys or values of the layers of `stack`."""
+    """What a model returned, read as the keys or values of the layers of `stack`; `whole` where they are
+    the parts of one tensor, along its first axis."""
 
     stack: str
     tensor: str
     name: str
     layers: Mapping[int, Tensor]
     found: str
+    whole: Tensor | None = None
 
 
 class OwnKeys:
@@ -68,7 +70,8 @@ class OwnKeys:
         site = seen.site
         if site.layer is not None and site.tensor in _TENSORS:
             address = site.stack, site.tensor, site.layer
-            lengths = _lengths(seen.tensor) if site.tensor == "key" else None
+            turned = site.tensor == "key" and seen.tensor.is_floating_point()
+            lengths = _lengths(seen.tensor) if turned else None
             self._seen[address] = _Seen(site, seen.tensor.shape, _hash(seen.tensor), lengths)
 
     def replace(self, outputs: Any) -> tuple[str, ...]:
@@ -100,12 +103,13 @@ class OwnKeys:
             for axis in (1, 0, 2):
                 if kept.layers.shape[axis] != count:
                     continue
-                layers = dict(enumerate(kept.layers.movedim(axis, 0).unbind()))
+                whole = kept.layers.movedim(axis, 0)
+                layers = dict(enumerate(whole.unbind()))
                 seen = [self._seen.get((stack, kept.tensor, layer)) for layer in layers]
                 shapes = {s.shape for s in seen if s is not None and len(s.shape) == len(HEAD_AXES)}
                 if shapes <= {layers[0].shape}:
                     found = f"{TAKEN_OVER}'{kept.name}', layer along axis {axis}"
-                    yield _Reading(stack, kept.tensor, kept.name, layers, found)
+                    yield _Reading(stack, kept.tensor, kept.name, layers, found, whole)
 
     def _take(self, readings: list[_Reading]) -> Iterator[str]:
         """Hands over what differs in the likeliest of `readings`: the one of which most was seen, and of
@@ -153,30 +157,42 @@ class OwnKeys:
         return True
 
     def _same(self, reading: _Reading) -> list[bool]:
-        """For each layer of `reading` whether it is what was seen. A device is waited for once."""
-        answers = []
-        for layer, tensor in reading.layers.items():
-            seen = self._seen.get((reading.stack, reading.tensor, layer))
-            fits = seen is not None and seen.shape == tensor.shape
-            answers.append(_equal(seen.digest, tensor) if seen and fits else torch.tensor(data=False))
-        devices = dict.fromkeys(answer.device for answer in answers)
-        fetched: dict[int, bool] = {}
-        for device in devices:
-            of_device = [i for i, answer in enumerate(answers) if answer.device == device]
-            told = torch.stack([answers[i] for i in of_device]).tolist()
-            fetched.update(zip(of_device, told, strict=True))
-        return [fetched[i] for i in range(len(answers))]
+        """For each layer of `reading` whether it is what was seen. A device is waited for once for all layers
+        of one shape."""
+        seen = {
+            layer: seen
+            for layer, tensor in reading.layers.items()
+            if (seen := self._seen.get((reading.stack, reading.tensor, layer))) and seen.shape == tensor.shape
+        }
+        alike: dict[tuple[torch.device, torch.Size], list[int]] = {}
+        for layer in seen:
+            tensor = reading.layers[layer]
+            alike.setdefault((tensor.device, tensor.shape), []).append(layer)
+        answers: dict[int, bool] = {}
+        for (device, shape), layers in alike.items():
+            if reading.whole is not None and len(layers) == len(reading.layers):
+                held = _hash(reading.whole)
+            else:
+                held = _together([_hash(reading.layers[layer]) for layer in layers], device)
+            before = _together([seen[layer].digest for layer in layers], device)
+            equal = _matching(before, held)
+            if len(shape) == len(HEAD_AXES) and shape[1] == shape[2]:
+                # The shape leaves open which axis goes over heads and which over tokens.
+                turned = [_hash(reading.layers[layer].transpose(1, 2)) for layer in layers]
+                equal = equal | _matching(before, _together(turned, device))
+            answers.update(zip(layers, equal.tolist(), strict=True))
+        return [answers.get(layer, False) for layer in reading.layers]
 
 
 Digest = tuple[Tensor, Tensor]
-
-
 _ROUNDED = 1e-2  # relative; of a length in bf16 at most
 
 
-def _lengths(tensor: Tensor) -> Tensor:
+def _lengths(key: Tensor) -> Tensor:
     """Length of the key of every head and token, which no rotation changes."""
-    return tensor.float().square().sum(-1).sqrt()
+    wide = torch.promote_types(key.dtype, torch.float32)
+    lengths: Tensor = torch.linalg.vector_norm(key, dim=-1, dtype=wide)
+    return lengths
 
 
 def _hash(tensor: Tensor) -> Digest:
@@ -187,15 +203,13 @@ def _hash(tensor: Tensor) -> Digest:
     return rows, columns
 
 
-def _equal(seen: Digest, tensor: Tensor) -> Tensor:
-    """Whether `tensor` has the digest `seen`, itself or, where its shape leaves open which axis goes over
-    heads and which over tokens, with these two exchanged."""
-    answer = _matches(seen, tensor)
-    if tensor.dim() == len(HEAD_AXES) and tensor.shape[1] == tensor.shape[2]:
-        answer = answer | _matches(seen, tensor.transpose(1, 2))
-    return answer
+def _together(digests: Sequence[Digest], device: torch.device) -> Digest:
+    """Digests of several tensors of one shape as one, along a first axis."""
+    rows, columns = (torch.stack([part.to(device) for part in parts]) for parts in zip(*digests, strict=True))
+    return rows, columns
 
 
-def _matches(seen: Digest, tensor: Tensor) -> Tensor:
-    parts = [(b.to(a.device) == a).all() for a, b in zip(_hash(tensor), seen, strict=True)]
-    return parts[0] & parts[1]
+def _matching(one: Digest, other: Digest) -> Tensor:
+    """Which of several digests are equal."""
+    rows, columns = ((a == b).flatten(1).all(1) for a, b in zip(one, other, strict=True))
+    return rows & columns
