@@ -55,7 +55,8 @@ class Part:
             if self.stop is None:
                 return function(parameter)
             rows = self._rows(parameter)
-            return parameter.index_copy(self.axis, rows, function(self.of(parameter)))
+            made = function(self.of(parameter)).to(parameter.dtype)
+            return parameter.index_copy(self.axis, rows, made)
 
         return changed
 

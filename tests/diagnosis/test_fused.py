@@ -82,6 +82,13 @@ def exchanged(projection: Any) -> None:
         rows[:, [1, 2]] = rows[:, [2, 1]].clone()
 
 
+def whole(projection: Any) -> None:
+    """All queries, then all keys, then all values."""
+    for parameter in (projection.weight, projection.bias):
+        rows = parameter.view(HEADS, 3, DIM, -1).transpose(0, 1)
+        parameter.copy_(rows.reshape(parameter.shape).clone())
+
+
 def in_blocks(projection: Any) -> None:
     """Key and value of a projection whose last 32 + 32 rows they are."""
     weight = projection.weight.clone()
@@ -100,6 +107,7 @@ def without_bias_of_value(projection: Any) -> None:
         (neox, "attention.query_key_value", by_head(2, lambda w: w * 1.2), "value", "weight_scale"),
         (bloom, "self_attention.query_key_value", by_head(1, lambda w: w * 1.2), "key", "weight_scale"),
         (neox, "attention.query_key_value", exchanged, "key", "kv_swapped"),
+        (bloom, "self_attention.query_key_value", whole, "key", "weight_permuted"),
         (phi3, "self_attn.qkv_proj", in_blocks, "key", "kv_swapped"),
     ],
 )

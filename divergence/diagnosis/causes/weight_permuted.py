@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ def trials(case: Case) -> Iterator[Trial]:
     """The order that the site itself shows; then usual mistakes in every weight."""
     yield from _shown(case)
     yield from _within_heads(case)
+    yield from _fused(case)
     for part in weights.matrices(case):
         weight = part.of(weights.parameters(case)[part.name])
         if weight.shape[0] == weight.shape[1]:
@@ -102,7 +104,7 @@ def _within_heads(case: Case) -> Iterator[Trial]:
 def _query(case: Case, key: weights.Part, size: int) -> weights.Part | None:
     """The weight of the query, or the part of a fused one that lies before the key."""
     if key.role:
-        return weights.Part(key.name, "query", key.axis, 0, key.start)
+        return replace(key, role="query", start=0, stop=key.start)
     for name, parameter in weights.parameters(case).items():
         part = weights.Part(name)
         axis = weights.output_axis(case, name)
@@ -114,6 +116,33 @@ def _query(case: Case, key: weights.Part, size: int) -> weights.Part | None:
         ):
             return part
     return None
+
+
+def _fused(case: Case) -> Iterator[Trial]:
+    """A fused projection laid out by head where it should be by query, key and value, or the other way
+    round."""
+    key = weights.projection(case, "key")
+    if key is None or not key.role or case.tensor not in ("key", "value"):
+        return
+    _, heads, _, size = case.clean["value"].shape
+    total = weights.parameters(case)[key.name].shape[key.axis]
+    if total != 3 * heads * size or heads == 1:
+        return
+    whole = weights.Part(key.name)
+    bias = weights.bias_of(case, whole)
+    for words, shape in (("by head", (3, heads, size)), ("by query, key and value", (heads, 3, size))):
+        order = torch.arange(total).view(shape).transpose(0, 1).flatten()
+
+        def change(weight: Tensor, order: Tensor = order) -> Tensor:
+            return weight.index_select(key.axis if weight.dim() > 1 else 0, order.to(weight.device))
+
+        yield Trial(
+            key=f"{whole} laid out {words}",
+            title=f"the rows of '{whole}' are laid out {words}, unlike the reference's",
+            fault=weights.fault([whole] if bias is None else [whole, bias], change),
+            parameters={"parameter": str(whole), "change": f"laid out {words}"},
+            fix=f"split '{whole}' into query, key and value as the reference does: for each head, or whole",
+        )
 
 
 def _laid_out(case: Case, group: list[weights.Part], words: str, order: list[int]) -> Trial:
