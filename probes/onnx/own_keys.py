@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from divergence.captures import Capture
+from divergence.errors import counted
 from divergence.probes import Observation
 from divergence.probes.onnx.found import Found
 from divergence.sites import HEAD_AXES, Site
@@ -69,7 +70,7 @@ class OwnKeys:
                 yield Observation(site, held, HEAD_AXES, found)
         if not all(same):
             self.notes.append(
-                f"the {tensor} of {same.count(False)} layers is taken from the model's output '{name}', "
+                f"the {tensor} of {counted(same.count(False), 'layer')} is taken from the model's output '{name}', "
                 "which differs from what reaches attention"
             )
 
