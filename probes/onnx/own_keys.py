@@ -70,8 +70,8 @@ class OwnKeys:
                 yield Observation(site, held, HEAD_AXES, found)
         if not all(same):
             self.notes.append(
-                f"the {tensor} of {counted(same.count(False), 'layer')} is taken from the model's output '{name}', "
-                "which differs from what reaches attention"
+                f"the {tensor} of {counted(same.count(False), 'layer')} is taken from the model's output "
+                f"'{name}', which differs from what reaches attention"
             )
 
 
