@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 from collections.abc import Callable
 
 # Before torch is imported: tests run in several processes, and threads that wait for each other on a busy
@@ -28,6 +29,13 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 pytest.register_assert_rewrite("tests.probes.contract")
+
+
+def pytest_configure() -> None:
+    """Interrupts are taken: a shell has what it starts in the background ignore them, this process and
+    all that it starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
