@@ -46,7 +46,9 @@ def trials(case: Case) -> Iterator[Trial]:
 def _is_gone(case: Case, group: tuple[weights.Part, ...], offset: float, _: float) -> bool:
     """Whether hardly anything of gains around 1 remains: that fits whatever lacks what the norm feeds."""
     named = weights.parameters(case)
-    return any(abs(float(part.of(named[part.name]).mean()) + offset) < _NEARLY_GONE for part in group)
+    return any(
+        abs(float(part.of(named[part.name]).detach().mean()) + offset) < _NEARLY_GONE for part in group
+    )
 
 
 def _shifted(offset: float) -> Change:
