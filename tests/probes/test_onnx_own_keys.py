@@ -93,7 +93,7 @@ def test_one_stale_layer_alone_is_taken(tmp_path: Path) -> None:
     keys = [site for site in held.sites if site.tensor == "key"]
     equal = [torch.allclose(laid_out(seen[str(site)]), held.tensor(site), atol=1e-5) for site in keys]
     assert equal == [True, False, True]
-    assert any("the key of 1 layers" in note for note in facts.notes)
+    assert any("the key of 1 layer" in note for note in facts.notes)
 
 
 @pytest.mark.parametrize("names", [("keys", "values"), ("k_all", "v_all")])
