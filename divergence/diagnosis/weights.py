@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -67,16 +67,19 @@ class Part:
 
 def fault(parts: list[Part] | tuple[Part, ...], function: Callable[[Tensor], Tensor]) -> Fault:
     """The fault of `function` done to every part."""
-    changes: dict[str, Change] = {}
-    for part in parts:
-        change = part.change(function)
-        before = changes.get(part.name)
-        changes[part.name] = change if before is None else then(before, change)
-    return Fault(parameters=changes)
+    return one_after_another((part.name, part.change(function)) for part in parts)
 
 
-def then(first: Change, second: Change) -> Change:
-    """Both changes, one after the other."""
+def one_after_another(changes: Iterable[tuple[str, Change]]) -> Fault:
+    """The fault of changes of parameters by name, several of one parameter in their order."""
+    made: dict[str, Change] = {}
+    for name, change in changes:
+        before = made.get(name)
+        made[name] = change if before is None else _then(before, change)
+    return Fault(parameters=made)
+
+
+def _then(first: Change, second: Change) -> Change:
     return lambda parameter: second(first(parameter))
 
 

@@ -54,13 +54,11 @@ def exchanged_weights(key: weights.Part, value: weights.Part, named: Mapping[str
     biases = [replace(part, name=f"{part.name.rpartition('.')[0]}.bias", axis=0) for part in (key, value)]
     if all(bias.name in named for bias in biases):
         pairs.append((biases[0], biases[1]))
-    changes: dict[str, Change] = {}
-    for a, b in pairs:
-        for to, other in ((a, b), (b, a)):
-            change = to.change(_constant(other.of(named[other.name].detach())))
-            before = changes.get(to.name)
-            changes[to.name] = change if before is None else weights.then(before, change)
-    return Fault(parameters=changes)
+    return weights.one_after_another(
+        (to.name, to.change(_constant(other.of(named[other.name].detach()))))
+        for a, b in pairs
+        for to, other in ((a, b), (b, a))
+    )
 
 
 def _constant(tensor: Tensor) -> Change:

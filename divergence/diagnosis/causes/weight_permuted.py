@@ -11,7 +11,6 @@ from torch import Tensor
 
 from divergence.diagnosis import parts, rotary, weights
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Change, Fault
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "weight_permuted"
@@ -151,17 +150,13 @@ def _laid_out(case: Case, group: list[weights.Part], words: str, order: list[int
         rows = torch.arange(weight.shape[axis], device=weight.device).unflatten(0, (-1, len(order)))
         return weight.index_select(axis, rows[:, order].flatten())
 
-    changes: dict[str, Change] = {}
-    for part in group:
-        for one in (part, weights.bias_of(case, part)):
-            if one is not None:
-                made = weights.fault([one], partial(change, one)).parameters[one.name]
-                changes[one.name] = weights.then(changes[one.name], made) if one.name in changes else made
+    changed = [one for part in group for one in (part, weights.bias_of(case, part)) if one is not None]
+    fault = weights.one_after_another((one.name, one.change(partial(change, one))) for one in changed)
     names = " and ".join(f"'{part}'" for part in group)
     return Trial(
         key=f"{names} within heads {words} {len(order)}",
         title=f"the channels of every head of {names} have {words}",
-        fault=Fault(parameters=changes),
+        fault=fault,
         parameters={"parameters": [str(part) for part in group], "change": words, "order": order},
         fix="convert the rows of query and key to the layout of the rotary embedding that is used, once: "
         "halves (i, i + d/2) or pairs (2i, 2i + 1)",
