@@ -22,6 +22,7 @@ from divergence.result import Comparison, Policy
 from divergence.room import make_room
 from divergence.setting import Setting
 from divergence.sites import matches
+from divergence.taken_over import RETURNED, TAKEN_OVER
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
 
 if TYPE_CHECKING:
@@ -237,8 +238,6 @@ class Job:
     def _beside_attention(self, site: Site) -> bool:
         """Whether both sides show at `site` what the model returns, and that is not what reaches attention,
         which is what a layer that is replayed gives."""
-        from divergence.probes.pytorch.own_keys import RETURNED, TAKEN_OVER
-
         if site not in self.pairs or not self.reference.entries[site].found.startswith(TAKEN_OVER):
             return False
         candidate = self.pairs[site].candidate

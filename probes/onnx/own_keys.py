@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from divergence.captures import Capture
-from divergence.errors import counted
 from divergence.probes import Observation
 from divergence.probes.onnx.found import Found
 from divergence.sites import HEAD_AXES, Site
 from divergence.stacked import role
+from divergence.taken_over import found_in, note_on
 
 # Names that say no more than that they are the keys or the values: taken at their word.
 _PLAIN = re.compile(r"(^|_)(keys?|k_cache|key_cache|values?|v_cache|value_cache)$")
@@ -66,13 +66,9 @@ class OwnKeys:
         name, tensor = seen.site.tensor, sites[0].tensor
         for site, held, known in zip(sites, seen.tensor.unbind(axis), same, strict=True):
             if not known:
-                found = f"model output '{name}', layer along axis {axis}"
-                yield Observation(site, held, HEAD_AXES, found)
+                yield Observation(site, held, HEAD_AXES, found_in(name, axis))
         if not all(same):
-            self.notes.append(
-                f"the {tensor} of {counted(same.count(False), 'layer')} is taken from the model's output "
-                f"'{name}', which differs from what reaches attention"
-            )
+            self.notes.append(note_on(tensor, same.count(False), name))
 
 
 def _counts(output: Site, sites: Sequence[Site], reference: Capture | None) -> bool:

@@ -11,19 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from divergence.errors import counted
 from divergence.probes import Observation, Sink
 from divergence.probes.pytorch.returned import ByLayer, Stacked, keys_by_layer, keys_stacked
 from divergence.probes.pytorch.stacks import Stack
 from divergence.sites import HEAD_AXES, Site
+from divergence.taken_over import found_in, note_on
 
 _TENSORS = frozenset({"key", "value", "cross_key", "cross_value"})
-TAKEN_OVER = "model output "
-"""How what is handed over again says where it was found."""
-
-RETURNED = (TAKEN_OVER, "output named ")
-"""How any probe says that it found a key or value among what the model returns."""
-
 # Names by which other forms of the model, such as an ONNX file, show the same tensors at the same sites.
 _SHOWN = re.compile(r"(^|_)(keys?|k_cache|key_cache)$|(present|past|cache).*\*.*\bk(ey)?s?$", re.IGNORECASE)
 
@@ -94,7 +88,7 @@ class OwnKeys:
                 if (seen := self._seen.get((stack, kept.tensor, layer))) and seen.shape == tensor.shape
             }
             if count == kept.count and fitting:
-                yield _Reading(stack, kept.tensor, kept.name, fitting, f"{TAKEN_OVER}'{kept.name}'")
+                yield _Reading(stack, kept.tensor, kept.name, fitting, found_in(kept.name))
 
     def _stacked(self, kept: Stacked) -> Iterator[_Reading]:
         """`kept` as layers of each stack that it fits. Where attention showed no heads, a stack of them
@@ -108,7 +102,7 @@ class OwnKeys:
                 seen = [self._seen.get((stack, kept.tensor, layer)) for layer in layers]
                 shapes = {s.shape for s in seen if s is not None and len(s.shape) == len(HEAD_AXES)}
                 if shapes <= {layers[0].shape}:
-                    found = f"{TAKEN_OVER}'{kept.name}', layer along axis {axis}"
+                    found = found_in(kept.name, axis)
                     yield _Reading(stack, kept.tensor, kept.name, layers, found, whole)
 
     def _take(self, readings: list[_Reading]) -> Iterator[str]:
@@ -137,10 +131,7 @@ class OwnKeys:
                 site = seen.site if seen else Site(layer, reading.tensor, reading.stack)
                 self._sink(Observation(site, tensor, HEAD_AXES, reading.found))
         if not all(equal):
-            yield (
-                f"the {reading.tensor} of {counted(len(equal) - sum(equal), 'layer')} is taken from the "
-                f"model's output '{reading.name}', which differs from what reaches attention"
-            )
+            yield note_on(reading.tensor, len(equal) - sum(equal), reading.name)
 
     def _only_turned(self, reading: _Reading) -> bool:
         """Whether the keys of all layers are as long as those seen, token by token, under a name that says
