@@ -11,7 +11,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,7 @@ class CaptureWriter:
         self._entries: dict[Site, Entry] = {}
         self._masks: list[str] = []
         self._held: dict[str, torch.Tensor] = {}
+        self._taken = 0
         self._shards = Shards(self._partial, shard_bytes)
         self._direct = Lane(self._shards)
         self._staged = [Lane(self._shards) for _ in range(WRITERS)]
@@ -106,8 +107,7 @@ class CaptureWriter:
         self._staging = None
         if not self._closed:
             self._shards.abandon()
-            for name in list(self._held):
-                self._forget(name)
+            self._give(self._taken)
             shutil.rmtree(self._partial, ignore_errors=True)
         self._held = {}
 
@@ -139,12 +139,11 @@ class CaptureWriter:
         """
         if not self._entries:
             raise CaptureError(f"{self.path}: the run produced no sites, so there is nothing to capture")
+        ordered = in_execution_order(self._entries, facts.stacks)
         with self._naming_failures():
             if self._staging is not None:
-                self._staging.close()
-            for lane in (self._direct, *self._staged):
-                lane.close()
-        ordered = in_execution_order(self._entries, facts.stacks)
+                self._staging.close(lambda writer: self._staged[writer].close())
+            self._direct.close()
         entries = {site: replace(self._entries[site], file=self._file_of(str(site))) for site in ordered}
         masks = {stack: self._file_of(MASK_PREFIX + stack) for stack in self._masks}
         with self._naming_failures():
@@ -165,14 +164,11 @@ class CaptureWriter:
             "schema": SCHEMA,
             "facts": asdict(facts),
             "inputs_digest": inputs_digest,
-            "sites": [{**asdict(entry), "site": str(site)} for site, entry in entries.items()],
+            "sites": [{**vars(entry), "site": str(site)} for site, entry in entries.items()],
             "masks": masks,
             "files": self._shards.files,
         }
-        with open(self._partial / MANIFEST, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (self._partial / MANIFEST).write_text(_by_line(content), encoding="utf-8")
 
     def _replace(self) -> None:
         # The old capture is moved, not deleted, first: a name is missing for two renames only.
@@ -188,8 +184,8 @@ class CaptureWriter:
         if self._copier is None and tensor.device.type not in ("cpu", "cuda"):
             tensor = tensor.cpu()  # a device without streams of CUDA
         nbytes = tensor.numel() * tensor.element_size()
-        stays = self._budget is not None and self._budget.take(nbytes)
-        if stays:
+        if self._budget is not None and self._budget.take(nbytes):
+            self._taken += nbytes
             self._hold(name, tensor, entry)
         elif self._on_cpu(tensor):
             self._lane_of[name] = self._direct
@@ -212,25 +208,38 @@ class CaptureWriter:
         """Makes room again for what a later observation replaces."""
         self._lane_of.pop(name, None)
         held = self._held.pop(name, None)
-        if held is not None and self._budget is not None:
-            self._budget.give(held.numel() * held.element_size())
+        # One that lies in a piece of page-locked memory with others stays as long as they do.
+        if held is not None and held.untyped_storage().nbytes() == held.nbytes:
+            self._give(held.nbytes)
+
+    def _give(self, nbytes: int) -> None:
+        if self._budget is not None:
+            self._budget.give(nbytes)
+            self._taken -= nbytes
 
     def _hold(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
         import torch
 
-        def arrived() -> None:
+        def arrived(held: torch.Tensor) -> None:
             if self._arrived is not None and entry is not None:
-                self._arrived(entry, held, not self._on_cpu(tensor))
+                self._arrived(entry, held, not on_cpu)
 
+        on_cpu = self._on_cpu(tensor)
         # A probe runs in inference mode; what it leaves behind is an ordinary tensor.
         with torch.inference_mode(mode=False), torch.no_grad():
-            held = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            if self._on_cpu(tensor):
+            if on_cpu:
+                held = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
                 held.copy_(tensor)
-                arrived()
-            else:
-                receive = Filling(held)
-                self._send(tensor, lambda _: receive, arrived)
+                arrived(held)
+                return
+            with self._naming_failures():
+                kept = self._from_device().keep(tensor, arrived)
+            if kept is not None:
+                self._held[name] = kept
+                return
+            large = self._held[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            receive = Filling(large)
+            self._send(tensor, lambda _: receive, lambda: arrived(large))
 
     def _send(
         self,
@@ -238,11 +247,14 @@ class CaptureWriter:
         receiver: Callable[[int], Receiver],
         done: Callable[[], None] = lambda: None,
     ) -> None:
+        with self._naming_failures():
+            self._from_device().send(tensor, receiver, done)
+
+    def _from_device(self) -> Staging:
         if self._staging is None:
             memory = STAGED if self._budget is None else min(STAGED, self._budget.under_way)
             self._staging = Staging(self._copier or CudaCopier(), memory)
-        with self._naming_failures():
-            self._staging.send(tensor, receiver, done)
+        return self._staging
 
     @contextlib.contextmanager
     def _naming_failures(self) -> Iterator[None]:
@@ -261,3 +273,15 @@ class CaptureWriter:
                 "TMPDIR or --out elsewhere"
             )
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
+
+
+def _by_line(content: Mapping[str, object]) -> str:
+    """JSON with a line for each key, and for each item of a list: json's own indentation, which is not compiled,
+    takes longer than the last tensors take to be written."""
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list):
+            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -21,6 +21,7 @@ _MATMULS = frozenset(
     {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum, torch.baddbmm}
 )
 _SOFTMAX = frozenset({torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax})
+_WATCHED = _MATMULS | _SOFTMAX | {functional.scaled_dot_product_attention}
 _EINSUM = re.compile(r"^([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)$")
 
 
@@ -62,14 +63,15 @@ class AttentionWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func is functional.scaled_dot_product_attention:
-            self._sdpa(args, kwargs)
-        elif func in _MATMULS:
-            self._matmul(func, args, kwargs, result)
-        elif func in _SOFTMAX and isinstance(result, Tensor) and result.dim() >= 3:
-            self._softmax(result)
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in _WATCHED:  # few are, and every call of the model passes here
+            kwargs = kwargs or {}
+            if func is functional.scaled_dot_product_attention:
+                self._sdpa(args, kwargs)
+            elif func in _MATMULS:
+                self._matmul(func, args, kwargs, result)
+            elif isinstance(result, Tensor) and result.dim() >= 3:
+                self._softmax(result)
         return result
 
     def _sdpa(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -35,6 +35,7 @@ _PROJECTIONS = {
     "key": ("k_proj", "key", "k", "wk", "to_k", "key_proj", "k_lin"),
     "value": ("v_proj", "value", "v", "wv", "to_v", "value_proj", "v_lin"),
 }
+_ROLES = {name: tensor for tensor, names in _PROJECTIONS.items() for name in names}
 
 
 @dataclass
@@ -99,9 +100,7 @@ class LayerObserver:
         self._exit.close()
 
     def _is_watched(self, name: str, inner: nn.Module) -> bool:
-        has_children = any(True for _ in inner.children())
-        leaf = name.rsplit(".", 1)[-1]
-        return has_children or self._detail or any(leaf in names for names in _PROJECTIONS.values())
+        return self._detail or name.rsplit(".", 1)[-1] in _ROLES or next(inner.children(), None) is not None
 
     def _layer_wrapper(self, stack: Stack, index: int) -> Callable[..., Any]:
         def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -123,8 +122,7 @@ class LayerObserver:
         return call
 
     def _inner_wrapper(self, name: str, inner: nn.Module) -> Callable[..., Any]:
-        leaf = name.rsplit(".", 1)[-1]
-        role = next((tensor for tensor, names in _PROJECTIONS.items() if leaf in names), None)
+        role = _ROLES.get(name.rsplit(".", 1)[-1])
 
         def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if not self._current:
