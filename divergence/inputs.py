@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 FORMS = "a .safetensors or .npz file, FILE.py:FUNC or MODULE:FUNC"
+_ON_DEVICE = 64 << 20
+"""Most bytes of an input that is copied within a device's memory."""
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle"})
 _MODALITIES = ("vision", "visual", "image", "video", "audio", "speech")
 
@@ -74,22 +78,48 @@ def digest(inputs: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-def digest_started(inputs: Mapping[str, torch.Tensor]) -> Callable[[], str]:
-    """As `digest`, on a thread, of what is in the inputs now; what is returned waits for it. Copies from a
-    device are under way before its next kernel, so that no model is waited for."""
-    import torch
+class Digesting:
+    """The digest of what is in `inputs` now, made on a thread from `begin` on.
 
-    # Copies, for a model may write into its inputs.
-    copies = {n: tensor.detach().to("cpu", non_blocking=True, copy=True) for n, tensor in inputs.items()}
-    devices = {tensor.device for tensor in inputs.values() if tensor.is_cuda}
-    copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+    A device copies them within its own memory before its next kernel, and from there to the host beside it,
+    so that no model is waited for.
 
-    def work() -> str:
-        for event in copied:
-            event.synchronize()
-        return digest(copies)
+    Args:
+        inputs: by name.
+    """
 
-    return in_background(work, "digest-inputs").result
+    def __init__(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        import torch
+
+        # Copies, for a model may write into its inputs.
+        self._copies = {
+            name: tensor.detach().to("cpu" if tensor.nbytes > _ON_DEVICE else tensor.device, copy=True)
+            for name, tensor in inputs.items()
+        }
+        devices = {tensor.device for tensor in self._copies.values() if tensor.is_cuda}
+        self._copied = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._result: Future[str] | None = None
+
+    def begin(self) -> None:
+        """Starts, unless it has: a thread takes a while to start, which a device need not wait for."""
+        if self._result is None:
+            self._result = in_background(self._digest, "digest-inputs")
+
+    def result(self) -> str:
+        """As `digest` gives; waits for it."""
+        self.begin()
+        assert self._result is not None
+        return self._result.result()
+
+    def _digest(self) -> str:
+        import torch
+
+        with contextlib.ExitStack() as beside:
+            for event in self._copied:
+                stream = torch.cuda.Stream(event.device)
+                stream.wait_event(event)
+                beside.enter_context(torch.cuda.stream(stream))
+            return digest(self._copies)
 
 
 def token_masks(

@@ -276,8 +276,8 @@ class CaptureWriter:
 
 
 def _by_line(content: Mapping[str, object]) -> str:
-    """JSON with a line for each key, and for each item of a list: json's own indentation, which is not compiled,
-    takes longer than the last tensors take to be written."""
+    """JSON with a line for each key, and for each item of a list. json's own indentation is not compiled: it
+    takes as long as the last tensors take to be written."""
     lines = []
     for key, value in content.items():
         text = json.dumps(value)

@@ -14,9 +14,9 @@ from divergence.budget import Budget
 from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import InputError
-from divergence.inputs import digest_started, load_inputs, token_masks
+from divergence.inputs import Digesting, load_inputs, token_masks
 from divergence.precision import check_precision
-from divergence.probes import Probe, Progress
+from divergence.probes import Observation, Probe, Progress
 from divergence.probes.recorded import RecordedProbe
 from divergence.recording import Arrived, CaptureWriter
 from divergence.room import fits_twice
@@ -267,9 +267,14 @@ def record(
     **run: Any,
 ) -> Capture:
     """Runs `probe` into a capture at `path`, or into memory (`divergence.recording.CaptureWriter`)."""
-    digested = digest_started(inputs)
+    digesting = Digesting(inputs)
     with CaptureWriter(path, budget=budget, arrived=arrived) as writer:
-        facts = probe.run(inputs, writer, detail=detail, progress=progress, **run)
+
+        def sink(seen: Observation) -> None:
+            writer(seen)
+            digesting.begin()  # a device has enough to do by now
+
+        facts = probe.run(inputs, sink, detail=detail, progress=progress, **run)
         for stack, mask in token_masks(inputs, facts.stacks).items():
             writer.add_mask(stack, mask)
-        return writer.close(facts, digested())
+        return writer.close(facts, digesting.result())

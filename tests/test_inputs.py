@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from divergence.errors import InputError, SourceError
-from divergence.inputs import digest, digest_started, import_callable, load_inputs, token_masks
+from divergence.inputs import Digesting, digest, import_callable, load_inputs, token_masks
 
 
 @pytest.fixture(autouse=True)
@@ -384,13 +384,33 @@ def test_mask_that_leaves_nothing_is_an_error() -> None:
 
 def test_a_digest_that_was_started_is_the_digest() -> None:
     inputs = {"x": torch.randn(2, 3), "ids": torch.tensor([[1, 2]])}
-    assert digest_started(inputs)() == digest(inputs)
+    assert Digesting(inputs).result() == digest(inputs)
 
 
 def test_a_digest_that_was_started_is_that_of_the_inputs_then() -> None:
     """A model may write into them at once."""
     inputs = {"x": torch.arange(1 << 16)}
     before = digest(inputs)
-    started = digest_started(inputs)
+    digesting = Digesting(inputs)
     inputs["x"].zero_()
-    assert started() == before
+    digesting.begin()
+    assert digesting.result() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("limit", [0, 1 << 20, 1 << 30])
+def test_a_digest_of_inputs_on_a_device_is_that_of_the_inputs_then(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("divergence.inputs._ON_DEVICE", limit)
+    inputs = {"x": torch.arange(1 << 20), "ids": torch.tensor([[1, 2]])}
+    before = digest(inputs)
+    moved = {name: tensor.cuda() for name, tensor in inputs.items()}
+    for _ in range(3):
+        torch.cuda._sleep(10_000_000)
+        copied = {name: tensor.clone() for name, tensor in moved.items()}  # is made late, by the device
+        digesting = Digesting(copied)
+        for tensor in copied.values():
+            tensor.zero_()
+        assert digesting.result() == before

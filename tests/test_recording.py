@@ -319,13 +319,19 @@ def test_tensors_that_stay_lie_together_and_are_whole_when_they_are_said_to_be(
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, 5, 7), (3,), (0, 4), (), (2, 60, 8), (1, 1, 1), (17, 40), (1 << 10,)] * 4
     dtypes = [torch.float32, torch.bfloat16, torch.int8]
-    sent, kept, done = [], [], {}
+    sent: list[Tensor] = []
+    kept: list[Tensor | None] = []
+    done: dict[int, Tensor] = {}
     between: list[Tensor] = []
     for number, shape in enumerate(shapes):
         tensor = torch.randn(shape, generator=generator).to(dtypes[number % 3])
         tensor = tensor.transpose(0, -1) if number % 2 and tensor.dim() else tensor
         sent.append(tensor.clone())
-        kept.append(staging.keep(tensor, lambda there, number=number: done.update({number: there.clone()})))
+
+        def there(found: Tensor, number: int = number) -> None:
+            done[number] = found.clone()
+
+        kept.append(staging.keep(tensor, there))
         if number % 5 == 0:
             staging.send(tensor, lambda _: Taking(lambda part: between.append(part.clone())))
         tensor.fill_(1)  # the model writes into it as soon as it was sent

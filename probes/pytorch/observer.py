@@ -79,6 +79,7 @@ class LayerObserver:
         self._counts: dict[tuple[str, int], int] = {}
         self._current: list[_Current] = []
         self._last_hidden: dict[str, Tensor] = {}
+        self._looked_into: set[nn.Module] = set()
         self._exit = contextlib.ExitStack()
         self._watch = AttentionWatch(self._seen)
 
@@ -88,10 +89,7 @@ class LayerObserver:
                 for index, layer in enumerate(dict.fromkeys(stack.layers)):
                     if self._only not in (None, index):
                         continue
-                    building.enter_context(wrapped(layer, self._layer_wrapper(stack, index)))
-                    for name, inner in layer.named_modules():
-                        if name and self._is_watched(name, inner):
-                            building.enter_context(wrapped(inner, self._inner_wrapper(name, inner)))
+                    building.enter_context(wrapped(layer, self._layer_wrapper(stack, index, layer)))
             building.enter_context(self._watch)
             self._exit = building.pop_all()
         return self
@@ -99,16 +97,27 @@ class LayerObserver:
     def __exit__(self, *exc: object) -> None:
         self._exit.close()
 
+    def _look_into(self, layer: nn.Module) -> None:
+        """Watches the modules in `layer` from its first call on: those of all layers before the first would
+        have a device wait."""
+        if layer in self._looked_into:
+            return
+        self._looked_into.add(layer)
+        for name, inner in layer.named_modules():
+            if name and self._is_watched(name, inner):
+                self._exit.enter_context(wrapped(inner, self._inner_wrapper(name, inner)))
+
     def _is_watched(self, name: str, inner: nn.Module) -> bool:
         return self._detail or name.rsplit(".", 1)[-1] in _ROLES or next(inner.children(), None) is not None
 
-    def _layer_wrapper(self, stack: Stack, index: int) -> Callable[..., Any]:
+    def _layer_wrapper(self, stack: Stack, index: int, layer: nn.Module) -> Callable[..., Any]:
         def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             count = self._counts[stack.name, index] = self._counts.get((stack.name, index), 0) + 1
             if stack.name not in self.order:
                 self.order.append(stack.name)
             current = _Current(Site(index, "hidden", stack.name, count))
             record = self._begin(stack, current, args, kwargs) if self._record else None
+            self._look_into(layer)
             self._current.append(current)
             self._watch.forget()
             try:
