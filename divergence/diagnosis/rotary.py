@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from divergence.diagnosis.angles import known_frequencies, read_back, read_one
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault, LayerUnit
 from divergence.diagnosis.trace import Call, Handler, Operator, Trace
 
 Part = Literal["cosines", "sines", "both"]
-_FARTHEST = 1 << 14  # largest first position that is looked for
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,18 @@ def _find(case: Case) -> Rotary | None:
     form = _table(tables[first], tokens) if first is not None else None
     if first is None or form is None:
         return None
-    if parts[first] == "both":
-        unit = form.canonical(tables[first].to(torch.complex128))
-    else:
-        alike = (i for i, part in parts.items() if part == "sines" and tables[i].shape == tables[first].shape)
-        sine = next(alike, None)
-        if sine is None:
-            return None
-        unit = torch.complex(*(form.canonical(tables[i].double()) for i in (first, sine)))
+    unit = _unit(tables, parts, first, form)
+    if unit is None:
+        return None
     amplitude = float(unit.abs().square().mean().sqrt())
-    read = _read_back(unit / amplitude)
+    unit = unit / amplitude
+    buffers = dict(case.given.model.named_buffers()).values()
+    read = read_back(unit) if tokens > 1 else read_one(unit, buffers)
+    if read is None and tokens == 1 and parts[first] != "both":
+        # Of one token it cannot be seen which of two are the cosines.
+        other: dict[Part, Part] = {"cosines": "sines", "sines": "cosines"}
+        parts = {i: other[part] for i, part in parts.items()}
+        read = read_one(1j * unit.conj(), buffers)
     if read is None:
         return None
     positions, frequencies = read
@@ -183,20 +185,26 @@ def _find(case: Case) -> Rotary | None:
         table = _table(tables[index], tokens)
         assert table is not None
         uses[index] = (part, case.trace.operators[index].dependent.index(False), table)
-    known = _known(case.given.model.named_buffers(), frequencies)
+    known = known_frequencies(buffers, frequencies)
     turning = _complex_turns if parts[first] == "both" else _turns
     turns = tuple(turning(case.trace, {i: table for i, (_, _, table) in uses.items()}))
     return Rotary(uses, positions, known.float(), amplitude, turns)
 
 
+def _unit(tables: Mapping[int, Tensor], parts: Mapping[int, Part], first: int, form: Table) -> Tensor | None:
+    """Cosines and sines as complex numbers `[rows, token, frequency]`."""
+    if parts[first] == "both":
+        return form.canonical(tables[first].to(torch.complex128))
+    alike = (i for i, part in parts.items() if part == "sines" and tables[i].shape == tables[first].shape)
+    sine = next(alike, None)
+    if sine is None:
+        return None
+    return torch.complex(*(form.canonical(tables[i].double()) for i in (first, sine)))
+
+
 def _table(tensor: Tensor, tokens: int) -> Table | None:
     """The form of a tensor that could hold cosines: one axis of tokens, at least two frequencies."""
-    if (
-        not (tensor.is_floating_point() or tensor.is_complex())
-        or tensor.dim() < 2
-        or tensor.shape[-1] < 2
-        or tokens < 2
-    ):
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dim() < 2 or tensor.shape[-1] < 2:
         return None
     axes = [i for i in range(tensor.dim() - 1) if tensor.shape[i] == tokens]
     return Table(tensor.shape, axes[-1]) if axes else None
@@ -234,56 +242,6 @@ def _paired(tables: Mapping[int, Tensor]) -> dict[int, Part]:
                 found: dict[int, Part] = dict.fromkeys(cosines, "cosines")
                 return found | dict.fromkeys(sines, "sines")
     return {}
-
-
-def _read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Positions `[rows, token]` and inverse frequencies of `exp(i position frequency)`."""
-    steps = (unit[:, 1:] * unit[:, :-1].conj()).angle().flatten(0, 1)
-    moving = steps.abs().amax(1) > 1e-6
-    if not bool(moving.any()):
-        return None
-    frequencies = steps[moving].median(0).values
-    fastest = int(frequencies.abs().argmax())
-    if float(frequencies[fastest].abs()) < 1e-6:
-        return None
-    advance = ((unit[:, 1:, fastest] * unit[:, :-1, fastest].conj()).angle() / frequencies[fastest]).round()
-    first = _first_positions(unit[:, 0], frequencies)
-    positions = torch.cat((first[:, None], first[:, None] + advance.cumsum(1)), 1)
-    for _ in range(3):  # the steps alone are known to a few 1e-8; far positions tell more
-        ahead = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
-        frequencies = frequencies + (ahead * positions[:, :, None]).sum(
-            (0, 1)
-        ) / positions.square().sum().clamp(min=1)
-    left = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
-    return (positions, frequencies) if float(left.abs().median()) < 1e-2 else None
-
-
-def _first_positions(unit: Tensor, frequencies: Tensor) -> Tensor:
-    """The whole number at which `exp(i position frequency)` is `unit` `[rows, frequency]`, for each row."""
-    for count in (16, _FARTHEST):
-        starts = torch.arange(count, dtype=torch.float64, device=unit.device)
-        score, first = (unit @ torch.exp(-1j * starts[:, None] * frequencies).T).real.max(1)
-        if bool((score > 0.99 * frequencies.numel()).all()):
-            break
-    return first
-
-
-def _known(buffers: Iterator[tuple[str, Tensor]], frequencies: Tensor) -> Tensor:
-    """The buffer of the model that holds these frequencies, which has every bit of them."""
-    for _, buffer in buffers:
-        if (
-            buffer.dim() != 1
-            or not buffer.is_floating_point()
-            or buffer.numel() not in (frequencies.numel(), frequencies.numel() // 2)
-        ):
-            continue
-        wide = buffer.to(frequencies)
-        for spread in (wide, torch.cat((wide, wide)), wide.repeat_interleave(2)):
-            if spread.shape == frequencies.shape and torch.allclose(
-                spread, frequencies, rtol=1e-3, atol=1e-9
-            ):
-                return spread
-    return frequencies
 
 
 def _turns(trace: Trace, uses: Mapping[int, Table]) -> Iterator[Turn]:

@@ -78,7 +78,9 @@ def _turned(case: Case, found: rotary.Rotary) -> list[Tensor]:
     if case.tensor != "key":
         return []
     count = found.unique.numel()
-    keys = [case.valid("key", t) for t in (case.clean["key"], case.candidate["key"])]
+    # Of a cache only the end is turned in this call.
+    here = found.positions.shape[1]
+    keys = [case.valid("key", t)[..., -here:, :] for t in (case.clean["key"], case.candidate["key"])]
     if keys[0].shape[-1] < 2 * count:
         return []
     turned = []

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Fault, Tensors
+from divergence.diagnosis.emulate import Fault, LayerUnit, Tensors
 from divergence.diagnosis.hypotheses import Trial, Tried
 from divergence.diagnosis.trace import Call, Handler
 
@@ -23,6 +23,7 @@ def trials(case: Case) -> Iterator[Trial]:
     """Keys and values of the calls before; of other tokens; of other rows of the batch."""
     if case.tensor not in ("key", "value"):
         return
+    yield from _given(case)
     for call in range(case.at.call - 1, 0, -1):
         earlier = _earlier(case, call)
         if earlier:
@@ -51,6 +52,64 @@ def trials(case: Case) -> Iterator[Trial]:
             fault=Fault(outputs=_moved(lambda t: t[:1].expand_as(t))),
             fix=_FIX.format(what="give every row of the batch its own cache"),
         )
+
+
+def _given(case: Case) -> Iterator[Trial]:
+    """Tokens of the cache that the layer was given: this call has not computed them."""
+    if not isinstance(case.unit, LayerUnit):
+        return
+    past = case.clean[case.tensor].shape[-2] - case.unit.hidden.shape[-2]
+    other = {n: t for n in ("key", "value") if (t := _wrong_tokens(case, n)) is not None and bool(t.any())}
+    if past <= 0 or case.tensor not in other or any(bool(t[past:].any()) for t in other.values()):
+        return
+    held = {
+        name: torch.where(tokens[:, None], case.candidate[name].to(case.clean[name]), case.clean[name])
+        for name, tokens in other.items()
+    }
+    tokens = torch.stack([*other.values()]).any(0).nonzero().flatten().tolist()
+    yield Trial(
+        key="given",
+        title=f"the cache that the layer is given holds {_what(case, tokens)} at {_places(tokens)}",
+        fault=Fault(outputs=_replaced(held), operators=_read_in_attention(case, held)),
+        parameters={"tokens": tokens},
+        evidence=lambda case, _: [
+            f"this call computes {case.site_of(case.tensor)} from token {past} on, and these tokens are right"
+        ],
+        fix="write keys and values of every call to their own place of the cache, and hand over all of it to the "
+        "next call: check where the host copies it, its length and its position",
+    )
+
+
+def _wrong_tokens(case: Case, name: str) -> Tensor | None:
+    """At which tokens an error is over the limit, `[token]`; None where there is no such tensor."""
+    if name not in case.error or case.clean[name].dim() != 4:
+        return None
+    error, clean = (t.square().sum((0, 1, 3)).sqrt() for t in (case.error[name], case.valid_clean(name)))
+    return error > case.given.limit * case.floor(name) * clean.clamp(min=float(clean.mean()))
+
+
+def _what(case: Case, tokens: list[int]) -> str:
+    """What the candidate's cache holds at these tokens, in words."""
+    seen, clean = (
+        case.valid(case.tensor, t)[..., tokens, :]
+        for t in (case.candidate[case.tensor], case.clean[case.tensor])
+    )
+    if not bool(seen.any()):
+        return "zeros"
+    whole = case.valid_clean(case.tensor)
+    for shift in (1, -1):
+        moved = whole.roll(shift, -2)[..., tokens, :]
+        if float((seen - moved).norm()) < 0.1 * float((clean - moved).norm()):
+            return f"what belongs to the token {'before' if shift > 0 else 'after'}"
+    return "something else"
+
+
+def _places(tokens: list[int]) -> str:
+    if len(tokens) == 1:
+        return f"token {tokens[0]}"
+    if tokens == [*range(tokens[0], tokens[-1] + 1)]:
+        return f"tokens {tokens[0]} to {tokens[-1]}"
+    return f"{len(tokens)} tokens from {tokens[0]} to {tokens[-1]}"
 
 
 def facts(case: Case) -> Tried | None:

@@ -1,0 +1,72 @@
+"""Positions and inverse frequencies, read back from the cosines and sines of a rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+_FARTHEST = 1 << 14  # largest first position that is looked for
+
+
+def read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Positions `[rows, token]` and inverse frequencies of `exp(i position frequency)`."""
+    steps = (unit[:, 1:] * unit[:, :-1].conj()).angle().flatten(0, 1)
+    moving = steps.abs().amax(1) > 1e-6
+    if not bool(moving.any()):
+        return None
+    frequencies = steps[moving].median(0).values
+    fastest = int(frequencies.abs().argmax())
+    if float(frequencies[fastest].abs()) < 1e-6:
+        return None
+    advance = ((unit[:, 1:, fastest] * unit[:, :-1, fastest].conj()).angle() / frequencies[fastest]).round()
+    first = _first_positions(unit[:, 0], frequencies)
+    positions = torch.cat((first[:, None], first[:, None] + advance.cumsum(1)), 1)
+    for _ in range(3):  # the steps alone are known to a few 1e-8; far positions tell more
+        ahead = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
+        frequencies = frequencies + (ahead * positions[:, :, None]).sum(
+            (0, 1)
+        ) / positions.square().sum().clamp(min=1)
+    left = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
+    return (positions, frequencies) if float(left.abs().median()) < 1e-2 else None
+
+
+def read_one(unit: Tensor, buffers: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """`read_back` of one token, which shows no frequencies: by those that the model holds."""
+    for buffer in buffers:
+        for frequencies in _spread(buffer, unit.shape[-1], unit.device):
+            first = _first_positions(unit[:, 0], frequencies, _FARTHEST)
+            left = (unit[:, 0] * torch.exp(-1j * first[:, None] * frequencies)).angle()
+            if float(left.abs().max()) < 1e-2:
+                return first[:, None], frequencies
+    return None
+
+
+def _first_positions(unit: Tensor, frequencies: Tensor, least: int = 16) -> Tensor:
+    """The whole number at which `exp(i position frequency)` is `unit` `[rows, frequency]`, for each row."""
+    for count in (least, _FARTHEST):
+        starts = torch.arange(count, dtype=torch.float64, device=unit.device)
+        score, first = (unit @ torch.exp(-1j * starts[:, None] * frequencies).T).real.max(1)
+        if bool((score > 0.99 * frequencies.numel()).all()):
+            break
+    return first
+
+
+def known_frequencies(buffers: Iterable[Tensor], frequencies: Tensor) -> Tensor:
+    """The buffer of the model that holds these frequencies, which has every bit of them."""
+    for buffer in buffers:
+        for spread in _spread(buffer, frequencies.numel(), frequencies.device):
+            if torch.allclose(spread, frequencies, rtol=1e-3, atol=1e-9):
+                return spread
+    return frequencies
+
+
+def _spread(buffer: Tensor, count: int, device: torch.device) -> Iterator[Tensor]:
+    """Ways in which a buffer could be that many frequencies, float64: as it is, or each twice."""
+    if buffer.dim() != 1 or not buffer.is_floating_point() or buffer.numel() not in (count, count // 2):
+        return
+    wide = buffer.to(device, torch.float64)
+    for spread in (wide, torch.cat((wide, wide)), wide.repeat_interleave(2)):
+        if spread.numel() == count:
+            yield spread
