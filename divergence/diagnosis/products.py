@@ -28,15 +28,15 @@ class Product:
 Compute = Callable[[Product], Tensor]
 
 
-def projections(case: Case) -> list[int]:
-    """Numbers of the products with a parameter that the site depends on."""
+def projections(case: Case, *, of_site: bool = True) -> list[int]:
+    """Numbers of the products with a parameter, those that the site depends on or all."""
     return [
         o.index
         for o in case.trace.operators.values()
         if o.name in _PROJECTIONS
         and o.depends
         and not all(o.dependent)
-        and case.trace.reaches(case.tensor, o.index)
+        and (not of_site or case.trace.reaches(case.tensor, o.index))
     ]
 
 

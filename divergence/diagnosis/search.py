@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
-_RUNS = 250  # emulations after which no further layer is searched in full
+_RUNS = 250  # emulations of whole layers after which no further layer is searched in full
+_OF_KEYS = 0.25  # of a whole layer: what an emulation costs that ends at a key or a value
 _ENOUGH_ALIKE = 8  # layers in which a fault is recognised before others are taken for the same
 _NEAR = 1.3
 _PER_LAYER = 3  # independent faults looked for in one layer
@@ -100,7 +101,7 @@ class Search:
         self._probe = probe
         self._replayer = replayer
         self._introduced = introduced
-        self._runs = 0
+        self._runs = 0.0
         self._inside: dict[int, contextlib.ExitStack] = {}
 
     def run(self, progress: Progress = silent) -> Found:
@@ -263,7 +264,7 @@ class Search:
             if case is None:
                 break
             tried = investigate(case)
-            self._runs += case.memory.get("runs", 0)
+            self._runs += case.memory.get("runs", 0) * (_OF_KEYS if case.tensor in ("key", "value") else 1.0)
             case, tried = self._before(case, tried)
             found.hypotheses += [hypothesis_of(case, t) for t in tried]
             found.notes += case.notes

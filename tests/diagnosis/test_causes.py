@@ -410,6 +410,27 @@ def test_what_the_engine_probe_found_out_comes_first(
     assert result.causes[0].explained is None and result.causes[0].evidence
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_groups_of_queries_that_read_other_keys_are_named(implementation: str, heads: int) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": heads}
+    reference = MODELS["llama"](**sizes, attn_implementation=implementation)
+    candidate = planted(MODELS["llama"](**sizes, attn_implementation="eager"), _attention(_tiled))
+    found = diagnosed(reference, candidate, inputs_for("llama", tokens=24)).causes[0]
+    assert (found.id, found.site) == ("weight_permuted", "layers.0.hidden")
+    assert found.parameters["change"] == "tiled"
+    assert found.explained is not None
+    assert found.explained > 0.999
+
+
+def _tiled(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    key, value = (t.repeat(1, query.shape[1] // t.shape[1], 1, 1) for t in (key, value))
+    made = nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=kwargs["scaling"]
+    )
+    return made.transpose(1, 2), None
+
+
 def test_outputs_that_only_hold_the_layers_keys_get_no_cause_of_their_own() -> None:
     from divergence.demo.model import DemoDecoder
 

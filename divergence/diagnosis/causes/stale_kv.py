@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from divergence.diagnosis import cache
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault, LayerUnit, Tensors
 from divergence.diagnosis.hypotheses import Trial, Tried
-from divergence.diagnosis.trace import Call, Handler
 
 ID = "stale_kv"
 
@@ -30,7 +30,7 @@ def trials(case: Case) -> Iterator[Trial]:
             yield Trial(
                 key=f"call {case.at.call - call}",
                 title=f"key and value are those of call {call}, not of call {case.at.call}",
-                fault=Fault(outputs=_replaced(earlier), operators=_read_in_attention(case, earlier)),
+                fault=cache.replaced(case, earlier),
                 parameters={"call": call},
                 fix=_FIX.format(
                     what="the engine reads the buffer of the call before, or the host does not update it"
@@ -70,13 +70,13 @@ def _given(case: Case) -> Iterator[Trial]:
     yield Trial(
         key="given",
         title=f"the cache that the layer is given holds {_what(case, tokens)} at {_places(tokens)}",
-        fault=Fault(outputs=_replaced(held), operators=_read_in_attention(case, held)),
+        fault=cache.replaced(case, held),
         parameters={"tokens": tokens},
         evidence=lambda case, _: [
             f"this call computes {case.site_of(case.tensor)} from token {past} on, and these tokens are right"
         ],
-        fix="write keys and values of every call to their own place of the cache, and hand over all of it to the "
-        "next call: check where the host copies it, its length and its position",
+        fix="write keys and values of every call to their own place of the cache, and hand over all of it to "
+        "the next call: check where the host copies it, its length and its position",
     )
 
 
@@ -157,42 +157,5 @@ def _earlier(case: Case, call: int) -> dict[str, Tensor]:
     return found
 
 
-def _replaced(tensors: Tensors) -> Callable[[Tensors], Tensors]:
-    return lambda seen: {**seen, **tensors}
-
-
 def _moved(function: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
     return lambda seen: {n: function(t) if n in ("key", "value") else t for n, t in seen.items()}
-
-
-def _read_in_attention(case: Case, tensors: Tensors) -> Callable[[], dict[int, Handler]]:
-    """Makes attention read `tensors`: what operator made key or value returns them."""
-
-    def make() -> dict[int, Handler]:
-        handlers: dict[int, Handler] = {}
-        for name, tensor in tensors.items():
-            index = source_of(case, name)
-            if index is not None:
-                handlers[index] = _returning(tensor)
-        return handlers
-
-    return make
-
-
-def source_of(case: Case, name: str) -> int | None:
-    """The first operator on the way to a site whose result has its shape and is not changed after."""
-    made = case.trace.sites.get(name)
-    if made is None:
-        return None
-    shape = tuple(case.clean[name].shape)
-    near = [case.trace.operators[made], *case.trace.upstream(made)]
-    fitting = [o.index for o in near if o.shape == shape]
-    return max(fitting, default=None)
-
-
-def _returning(tensor: Tensor) -> Handler:
-    def handler(call: Call) -> object:
-        made = call.run()
-        return tensor.to(made) if isinstance(made, Tensor) and made.shape == tensor.shape else made
-
-    return handler

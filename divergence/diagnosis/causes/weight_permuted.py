@@ -11,7 +11,9 @@ from torch import Tensor
 
 from divergence.diagnosis import parts, rotary, weights
 from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
+from divergence.diagnosis.trace import Call, Handler
 
 ID = "weight_permuted"
 
@@ -24,6 +26,7 @@ _FEW_HEADS = 8  # all pairs of heads are tried up to this many
 def trials(case: Case) -> Iterator[Trial]:
     """The order that the site itself shows; then usual mistakes in every weight."""
     yield from _shown(case)
+    yield from _grouped(case)
     yield from _within_heads(case)
     yield from _fused(case)
     for part in weights.matrices(case):
@@ -80,6 +83,43 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
         parameters={"parameter": str(part), "unit": unit, "order": order},
         fix=_FIX.format(name=part.name),
     )
+
+
+def _grouped(case: Case) -> Iterator[Trial]:
+    """Groups of queries that read the keys and values of other groups."""
+    key = case.clean.get("key")
+    if case.tensor != "hidden" or key is None or key.dim() != 4 or key.shape[1] == 1:
+        return
+    handlers: dict[int, Handler] = {}
+    for attention in parts.attentions(case.trace):
+        if attention.fused is not None:
+            handlers[attention.fused] = partial(_tiled, key.shape[1], ((1, "key"), (2, "value")))
+        else:
+            handlers |= dict.fromkeys(
+                (attention.scores, attention.context), partial(_tiled, key.shape[1], ((1, "other"),))
+            )
+    yield Trial(
+        key="groups",
+        title="queries read the keys and values of other groups: heads are tiled (0, 1, .., 0, 1, ..) where "
+        "each has to be repeated (0, 0, .., 1, 1, ..)",
+        fault=Fault(operators=lambda: handlers),
+        parameters={"heads": key.shape[1], "change": "tiled"},
+        fix="repeat every head of keys and values for its own group of queries (repeat_interleave, Expand "
+        "before Reshape), not all heads one after another (repeat, Tile)",
+    )
+
+
+def _tiled(heads: int, operands: tuple[tuple[int, str], ...], call: Call) -> object:
+    """An attention product whose operands, each of so many heads repeated, have them tiled."""
+    for position, name in operands:
+        operand = call.argument(position, name)
+        queries = call.argument(0, "query").shape[1] if name != "other" else operand.shape[1]
+        if operand.dim() != 4 or queries == heads or queries % heads:
+            return call.run()
+        step = operand.shape[1] // heads
+        order = [(i % heads) * step for i in range(queries)]
+        call = call.replaced(position, name, operand[:, order])
+    return call.run()
 
 
 def _within_heads(case: Case) -> Iterator[Trial]:

@@ -1,0 +1,238 @@
+"""Keys and values, and operands of products, that went through a number format of few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from divergence.diagnosis import cache, parts, products
+from divergence.diagnosis.case import Case
+from divergence.diagnosis.emulate import Fault, LayerUnit
+from divergence.diagnosis.hypotheses import Trial
+
+Axes = tuple[int, ...]
+Rounded = Callable[[Tensor, Axes, Tensor | None], Tensor]
+Way = tuple[str, Callable[[Tensor], Tensor]]
+
+_LEAST, _MOST = 3e-4, 0.7
+"""Relative errors that rounding to 8 bits can make."""
+
+_OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
+    ("tensor", (0, 1, 2, 3)),
+    ("head", (0, 2, 3)),
+    ("token of a head", (3,)),
+    ("token", (1, 3)),
+    ("channel of a head", (2,)),
+)
+"""Axes of `[batch, head, token, channel]` that share a step."""
+
+_EVERY_PROJECTION = "every projection"
+_ROWS = 8  # of a hidden state that are looked up in an embedding
+_SAME = 1e-3  # relative; how far apart they may be
+
+
+@dataclass(frozen=True)
+class Format:
+    """A number format.
+
+    Attributes:
+        words: its name.
+        rounded: a tensor rounded with one step for what lies along the axes, by the range of the tensor
+            itself or of another.
+        fix: what to do instead.
+        unscaled: a tensor rounded to the format's own values, where it has any.
+        shifted: as `rounded`, with a zero point, where the format has one.
+    """
+
+    words: str
+    rounded: Rounded
+    fix: str
+    unscaled: Callable[[Tensor], Tensor] | None = None
+    shifted: Rounded | None = None
+
+
+def trials(case: Case, format_: Format, *, multiplied: bool = True) -> Iterator[Trial]:
+    """Keys and values in the cache; then, if it is a format that is `multiplied`, weights and inputs of
+    products."""
+    if is_possible(case):
+        yield from cached(case, format_)
+        if multiplied:
+            yield from _products(case, format_)
+
+
+def is_possible(case: Case, least: float = _LEAST) -> bool:
+    """Whether the error could be rounding to few bits, of a relative size of `least` on."""
+    return not case.nonfinite and case.is_noise and least < case.size < _MOST
+
+
+def cached(case: Case, format_: Format) -> Iterator[Trial]:
+    """Keys and values in the cache."""
+    if case.tensor not in ("key", "value") or case.clean[case.tensor].dim() != 4:
+        return
+    names = [name for name in ("key", "value") if name in case.failing]
+    read = "hidden" in case.failing or "hidden" not in case.error
+    words = "keys and values" if len(names) == 2 else f"{names[0]}s"
+    ways: list[Way] = [(f"with one step for every {g}", partial(_along, format_, a)) for g, a in _OF_A_CACHE]
+    if format_.unscaled is not None:
+        ways.insert(0, ("without a scale", format_.unscaled))
+    for how, change in ways:
+        yield Trial(
+            key=f"cache {format_.words} {how}",
+            title=f"{words} go through {format_.words} {how}"
+            + (", and attention reads them so" if read else " where they are handed out"),
+            fault=cache.changed(case, dict.fromkeys(names, change), read=read),
+            parameters={"format": format_.words, "tensors": names, "scale": how},
+            fix=f"keep the cache in the model's precision, or {format_.fix}; if {format_.words} is meant, "
+            "give keys and values the tolerance that it needs",
+        )
+
+
+def _along(format_: Format, axes: Axes, tensor: Tensor) -> Tensor:
+    return format_.rounded(tensor, axes, None)
+
+
+def _products(case: Case, format_: Format) -> Iterator[Trial]:
+    """Weights and inputs of products; in the first layer with the embedding too."""
+    embedded = list(_embedded(case, format_))
+    yield from embedded
+    for words, indices, alone in _scopes(case):
+        for (grain, right), (per, left) in _ways(format_, alone=alone):
+            fault = products.computed(indices, partial(_product, left, right))
+            trial = Trial(
+                key=f"{words} {format_.words} {grain} {per}",
+                title=f"{words} ran in {format_.words}: weights {grain}, inputs {per}",
+                fault=fault,
+                parameters={"format": format_.words, "products": words, "weights": grain, "inputs": per},
+                fix=f"leave {words} in the model's precision, or {format_.fix}",
+            )
+            yield trial
+            for before in embedded if words == _EVERY_PROJECTION else ():
+                assert isinstance(before.fault, Fault)
+                yield replace(
+                    trial,  # under the same key: no later layer is given an embedding
+                    title=f"{before.title}; {trial.title}",
+                    fault=replace(fault, hidden=before.fault.hidden),
+                    parameters={**before.reported(0.0), **trial.reported(0.0)},
+                )
+
+
+def _embedded(case: Case, format_: Format) -> Iterator[Trial]:
+    """The embedding, whose rows enter the first layer."""
+    table = _embedding(case)
+    if table is None:
+        return
+    rounded, shifted = format_.rounded, format_.shifted
+    rows: list[Way] = [("one step", lambda t: rounded(t, _all(t), table))]
+    if shifted is not None:
+        rows.append(("one step and a zero point", lambda t: shifted(t, _all(t), table)))
+    for how, change in rows:
+        yield Trial(
+            key=f"embedding {format_.words} {how}",
+            title=f"the embedding went through {format_.words} with {how}",
+            fault=Fault(hidden=change),
+            parameters={"format": format_.words, "embedding": how},
+            fix=f"leave the embedding in the model's precision, or {format_.fix}",
+        )
+
+
+def _embedding(case: Case) -> Tensor | None:
+    """The table whose rows the first layer is given, `[row, channel]`."""
+    if not isinstance(case.unit, LayerUnit) or case.at.layer != 0:
+        return None
+    given = case.unit.hidden.flatten(0, -2)[:_ROWS].float()
+    for module in case.given.model.modules():
+        table = module.weight.detach() if isinstance(module, nn.Embedding) else None
+        if table is not None and table.shape[1] == given.shape[1]:
+            apart = torch.cdist(given, table.to(given)).amin(1)
+            if float(apart.max()) < _SAME * float(given.norm(dim=1).max()):
+                return table
+    return None
+
+
+def _ways(format_: Format, *, alone: bool) -> Iterator[tuple[Way, Way]]:
+    """How weights and inputs are rounded; of a product alone only what is usual."""
+    rounded, shifted = format_.rounded, format_.shifted
+    whole: Way = ("with one step for every tensor", lambda t: rounded(t, _all(t), None))
+    channel: Way = ("with one step for every output channel", lambda t: rounded(t, (-2,), None))
+    inputs: list[Way] = [whole, ("with one step for every token", lambda t: rounded(t, (-1,), None))]
+    if shifted is not None:
+        inputs.append(
+            ("with one step and a zero point for every tensor", lambda t: shifted(t, _all(t), None))
+        )
+    yield from ((channel, each) for each in inputs)
+    yield whole, whole
+    if alone:
+        return
+    if format_.unscaled is not None:
+        inputs.append(("without a scale", format_.unscaled))
+        yield channel, inputs[-1]
+    yield from ((whole, each) for each in inputs[1:])
+    yield from ((("as they are", lambda t: t), each) for each in inputs)
+
+
+def _all(tensor: Tensor) -> Axes:
+    return tuple(range(tensor.dim()))
+
+
+def _product(
+    left: Callable[[Tensor], Tensor], right: Callable[[Tensor], Tensor], product: products.Product
+) -> Tensor:
+    return left(product.left) @ right(product.right)
+
+
+def _scopes(case: Case) -> Iterator[tuple[str, list[int], bool]]:
+    """All projections of the layer, those after attention, those of the MLP, and each that the site depends
+    on alone: with words, numbers, and whether it is alone."""
+    every = products.projections(case, of_site=False)
+    yield _EVERY_PROJECTION, every, False
+    contexts = [a.context for a in parts.attentions(case.trace)]
+    after = [index for index in every if contexts and index > max(contexts)]
+    if 1 < len(after) < len(every):
+        yield "every projection after attention", after, False
+    if 2 < len(after) < len(every):
+        yield "every projection of the MLP", after[1:], False  # the first of these joins the heads
+    if len(every) > 1:
+        for index in products.projections(case):
+            names = case.trace.operators[index].parameters
+            yield f"the product with '{names[0]}'" if names else f"product {index}", [index], True
+
+
+def scaled(largest: float, rounding: Callable[[Tensor], Tensor]) -> Rounded:
+    """Rounding in units in which the largest magnitude is `largest`."""
+
+    def rounded(tensor: Tensor, axes: Axes, of: Tensor | None) -> Tensor:
+        size = tensor.abs().amax(axes, keepdim=True) if of is None else of.abs().max()
+        step = size.clamp(min=1e-30) / largest
+        return rounding(tensor / step) * step
+
+    return rounded
+
+
+def integers(bits: int) -> Rounded:
+    """Symmetric rounding to integers of so many bits."""
+    return scaled(float(2 ** (bits - 1) - 1), torch.round)
+
+
+def shifted(bits: int) -> Rounded:
+    """Rounding to integers of so many bits whose range, which holds zero, goes from the least to the largest
+    value (with 8 bits what ONNX's DynamicQuantizeLinear does)."""
+    last = 2**bits - 1
+
+    def rounded(tensor: Tensor, axes: Axes, of: Tensor | None) -> Tensor:
+        low, high = (
+            (tensor.amin(axes, keepdim=True), tensor.amax(axes, keepdim=True))
+            if of is None
+            else (of.min(), of.max())
+        )
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        step = (high - low).clamp(min=1e-30) / last
+        zero = (-low / step).round()
+        steps: Tensor = ((tensor / step).round() + zero).clamp(0, last) - zero
+        made: Tensor = steps * step
+        return made
+
+    return rounded
