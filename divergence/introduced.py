@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,3 +37,33 @@ class ReplayResult:
 
     introduced: Mapping[Site, Introduced]
     notes: tuple[str, ...] = ()
+
+
+def mixed_note(mixed: Mapping[str, str], coarsest: str, *, by_part: bool) -> str:
+    """What to say of a candidate whose parts run in different precisions.
+
+    Args:
+        mixed: precision by part (`divergence.probes.RunFacts`).
+        coarsest: of them.
+        by_part: whether each part is judged by its own.
+    """
+    counts = Counter(mixed.values())
+    usual = max(counts, key=lambda precision: counts[precision])
+    others: dict[str, list[str]] = {}
+    for part, precision in mixed.items():
+        if precision != usual:
+            others.setdefault(precision, []).append(part)
+    said = [
+        f"in {precision} in {', '.join(parts[:_NAMED])}"
+        + (f" and {len(parts) - _NAMED} more" if len(parts) > _NAMED else "")
+        for precision, parts in others.items()
+    ]
+    judged = (
+        "each part is judged by its own precision"
+        if by_part
+        else f"all are judged by the coarsest, {coarsest}, for nothing was replayed"
+    )
+    return f"the candidate runs {' and '.join(said)}, and in {usual} elsewhere: {judged}"
+
+
+_NAMED = 4

@@ -13,7 +13,7 @@ from divergence.assembly import environment, site_result
 from divergence.comparing import Meanwhile, compare_pair, compare_pairs
 from divergence.comparison import compare_tensors
 from divergence.errors import ConfigurationError, one_line
-from divergence.introduced import Introduced, ReplayResult
+from divergence.introduced import Introduced, ReplayResult, mixed_note
 from divergence.masks import valid_tokens
 from divergence.noise import Floor
 from divergence.prepared import Reference, floors_of
@@ -123,6 +123,8 @@ class Job:
                     self.prepared, precision, self.setting
                 )
             replayed = self._replay(pytorch, precision, metrics, floors)
+            if mixed := self._mixed():
+                self.notes.append(mixed_note(mixed, precision, by_part=bool(replayed.introduced)))
         self.floors = floors
         self.notes += replayed.notes
         result = self._result(metrics, floors, replayed.introduced, precision, precision_from, floor_from)
@@ -174,6 +176,11 @@ class Job:
             f"{self.candidate.facts.source}: does not show which precision it runs in; give --precision"
         )
 
+    def _mixed(self) -> Mapping[str, str]:
+        """Precisions of the candidate's parts, where they differ and no other was asked for: the coarsest
+        lets errors pass that a layer in fp32 cannot have made."""
+        return {} if self.options.precision else self.candidate.facts.mixed
+
     def _least_floors(self, precision: str) -> tuple[Mapping[Site, Floor], str] | None:
         """The least that floors can be, where the candidate passes by them: no measured one is lower, so
         measuring them would change no verdict. None where it does not pass, or where they are known."""
@@ -221,7 +228,7 @@ class Job:
             return ReplayResult({}, ("replay was switched off: errors are judged cumulatively",))
         judged = self._judge(metrics, floors, {})
         settled = conclusive([(judged[s], floors.get(s)) for s in judged], self.tolerance.ratio)
-        if self.options.replay == "auto" and settled:
+        if self.options.replay == "auto" and settled and not self._mixed():
             return ReplayResult({})
         if pytorch is None:
             return ReplayResult(
@@ -257,6 +264,7 @@ class Job:
                 precision,
                 self._axes,
                 self._mask,
+                mixed=self._mixed(),
             )
         return self._made
 

@@ -20,8 +20,8 @@ from divergence.emulation import cast, mapped, reduced
 from divergence.errors import one_line
 from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
-from divergence.precision import coarsest, dtype_name
-from divergence.probes import Observation, Progress, silent
+from divergence.precision import UNIT_ROUNDOFF, coarsest, dtype_name
+from divergence.probes import EMBEDDING, HEAD, Observation, Progress, silent
 from divergence.probes.pytorch.caches import caches_in, put_cached
 from divergence.probes.pytorch.layer_call import (
     Beside,
@@ -64,6 +64,7 @@ class Replayer:
         candidate: the candidate's tensor at a site in the reference's layout, or None.
         precision: the candidate's.
         axes_of, mask_of: axes and valid tokens of a site's tensor.
+        mixed: precisions of the candidate's parts, where they differ (`divergence.probes.RunFacts`).
     """
 
     def __init__(
@@ -75,15 +76,16 @@ class Replayer:
         precision: str,
         axes_of: Callable[[Site], tuple[str, ...]],
         mask_of: MaskOf,
+        *,
+        mixed: Mapping[str, str] | None = None,
     ) -> None:
         self._probe = probe
         self._inputs = inputs
         self._reference = reference
         self._candidate = candidate
         self._precision = precision
-        self._run_in = emulated(
-            "fp32" if next(probe.model.parameters()).dtype is torch.float32 else None, precision
-        )
+        self._mixed = mixed or {}
+        self._own = "fp32" if next(probe.model.parameters()).dtype is torch.float32 else None
         self._axes_of = axes_of
         self._mask_of = mask_of
         self._device = device_of(probe.model)
@@ -117,13 +119,15 @@ class Replayer:
         hidden = self.input_of(call)
         if hidden is None:
             return {}
+        precision = self.precision_of(site)
         exact = self.run_layer(call, hidden, None)
-        rough = self.run_layer(call, hidden, self._run_in)
+        rough = self.run_layer(call, hidden, emulated(self._own, precision))
         found = self._introduced(
             {site.with_tensor(tensor): value for tensor, value in exact.items()},
             {site.with_tensor(tensor): value for tensor, value in rough.items()},
+            precision,
         )
-        least = _SUSPECT_FLOOR * Floor.least(self._precision).rel_l2
+        least = _SUSPECT_FLOOR * Floor.least(precision).rel_l2
         suspect = any(
             i.ratio is None or not i.ratio <= _SUSPECT or i.floor.rel_l2 > least for i in found.values()
         )
@@ -131,6 +135,16 @@ class Replayer:
             changed.append(str(site).removesuffix(".hidden"))
             return {}
         return found
+
+    def precision_of(self, site: Site) -> str:
+        """What the candidate computes the layer of a site in, or what lies outside the layers. What comes in
+        from before them belongs to the first."""
+        if not self._mixed:
+            return self._precision
+        parts = [HEAD] if site.layer is None else [site.part]
+        parts += [EMBEDDING] if not site.layer else []
+        known = [self._mixed[part] for part in parts if part in self._mixed]
+        return max(known, key=UNIT_ROUNDOFF.__getitem__, default=self._precision)
 
     def _can_run_again(self, call: LayerCall) -> bool:
         """Whether the layer gives what it gave when it is run on what it was run on. Layers built alike are
@@ -237,7 +251,8 @@ class Replayer:
         """Runs the model around its layers, on the candidate's hidden states: the model's outputs."""
         try:
             self._look_around()
-            _, rough = self.run_outside(self._run_in)
+            precision = self.precision_of(Site.output(""))
+            _, rough = self.run_outside(emulated(self._own, precision))
         except Exception as error:
             # The model does something with its layers' outputs that recorded ones do not allow.
             notes.append(
@@ -251,7 +266,9 @@ class Replayer:
         exact = {name: value for name, value in self._outputs.items() if not self._untouched(name, value)}
         self._outputs = {}  # logits may be large
         return self._introduced(
-            {Site.output(n): v for n, v in exact.items()}, {Site.output(n): v for n, v in rough.items()}
+            {Site.output(n): v for n, v in exact.items()},
+            {Site.output(n): v for n, v in rough.items()},
+            precision,
         )
 
     def _look_around(self) -> None:
@@ -370,16 +387,17 @@ class Replayer:
         return starts, dict(output_leaves(outputs))
 
     def _introduced(
-        self, exact: Mapping[Site, Tensor], rough: Mapping[Site, Tensor]
+        self, exact: Mapping[Site, Tensor], rough: Mapping[Site, Tensor], precision: str
     ) -> dict[Site, Introduced]:
         found = {}
+        run_in = emulated(self._own, precision)
         for site, value in exact.items():
             candidate = self._candidate(site)
             if candidate is None or candidate.shape != value.shape or site not in rough:
                 continue
             axes, mask = self._axes_of(site), self._mask_of(site, value)
-            stored = rough[site] if self._run_in == "fp64" else cast(rough[site], self._run_in)
-            floor = Floor.of(compare_tensors(value, stored, axes=axes, mask=mask), self._precision)
+            stored = rough[site] if run_in == "fp64" else cast(rough[site], run_in)
+            floor = Floor.of(compare_tensors(value, stored, axes=axes, mask=mask), precision)
             metrics = compare_tensors(value, candidate, axes=axes, mask=mask)
             found[site] = Introduced(metrics, floor)
         return found

@@ -63,6 +63,11 @@ class Site:
         prefix = f"{self.stack}." if self.stack else ""
         return f"{prefix}layers.{self.layer}.{self.tensor}{suffix}"
 
+    @property
+    def part(self) -> str:
+        """The layer that it belongs to, whichever the call: `layers.3`; empty for a model output."""
+        return str(Site(self.layer, "", self.stack)).removesuffix(".") if self.layer is not None else ""
+
     @classmethod
     def output(cls, name: str, call: int = 1) -> Site:
         """The site of the model output `name`."""

@@ -46,6 +46,10 @@ def silent(label: str, done: int, total: int) -> None:
     """A `Progress` that shows nothing."""
 
 
+EMBEDDING, HEAD = "embedding", "head"
+"""What of a model lies before its layers, and behind them."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What a run was, beside its tensors.
@@ -62,6 +66,8 @@ class RunFacts:
             reason in words.
         outputs: names of the model's own outputs in order.
         details: facts of this kind of source (provider, opset, ...), JSON values only.
+        mixed: where it is not the same everywhere, the precision of each layer by its name (`layers.3`), of
+            `EMBEDDING` and of `HEAD`.
     """
 
     kind: str
@@ -74,6 +80,7 @@ class RunFacts:
     unseen_inf: Mapping[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    mixed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,8 @@ class Search:
             unit = self._layer(site)
             if unit is None:
                 return None
-            case = Case(self._given, unit, site, names)
+            given = replace(self._given, precision=self._replayer.precision_of(site))
+            case = Case(given, unit, site, names)
         return case if site.tensor in case.candidate else None
 
     def _follows(self, case: Case) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from divergence.precision import dtype_name
 from divergence.probes import Observation, Sink
 from divergence.probes.pytorch.attention import AttentionWatch, Product, unrepeat
 from divergence.probes.pytorch.caches import cached, caches_in, is_repeated
@@ -35,6 +36,7 @@ _PROJECTIONS = {
     "key": ("k_proj", "key", "k", "wk", "to_k", "key_proj", "k_lin"),
     "value": ("v_proj", "value", "v", "wv", "to_v", "value_proj", "v_lin"),
 }
+_DEVICES = ("cpu", "cuda")
 _ROLES = {name: tensor for tensor, names in _PROJECTIONS.items() for name in names}
 
 
@@ -58,6 +60,12 @@ class LayerObserver:
         detail: also the sites of `divergence.sites.DETAIL_TENSORS`.
         record: keep a `LayerCall` per call in `calls`.
         only: watch the layer of this index alone.
+
+    Attributes:
+        calls: the calls, if they are recorded.
+        order: names of the stacks in execution order.
+        autocast: what torch's autocast had products compute in.
+        hidden: dtype of each layer's hidden state, by stack and number.
     """
 
     def __init__(
@@ -71,6 +79,8 @@ class LayerObserver:
     ) -> None:
         self.calls: list[LayerCall] = []
         self.order: list[str] = []
+        self.autocast: set[torch.dtype] = set()
+        self.hidden: dict[tuple[str, int], str] = {}
         self._stacks = stacks
         self._sink = sink
         self._detail = detail
@@ -97,6 +107,12 @@ class LayerObserver:
     def __exit__(self, *exc: object) -> None:
         self._exit.close()
 
+    def _note_autocast(self) -> None:
+        """What torch's autocast, if it is on, has products compute in."""
+        for device in _DEVICES:
+            if torch.is_autocast_enabled(device):
+                self.autocast.add(torch.get_autocast_dtype(device))
+
     def _look_into(self, layer: nn.Module) -> None:
         """Watches the modules in `layer` from its first call on: those of all layers before the first would
         have a device wait."""
@@ -118,6 +134,7 @@ class LayerObserver:
             current = _Current(Site(index, "hidden", stack.name, count))
             record = self._begin(stack, current, args, kwargs) if self._record else None
             self._look_into(layer)
+            self._note_autocast()
             self._current.append(current)
             self._watch.forget()
             try:
@@ -187,6 +204,8 @@ class LayerObserver:
         if hidden is None:
             return
         self._last_hidden[current.site.stack] = hidden
+        if current.site.layer is not None:
+            self.hidden[current.site.stack, current.site.layer] = dtype_name(hidden.dtype)
         if record is not None:
             record.output = with_first_tensor(output, None)
             record.device_out = hidden.device

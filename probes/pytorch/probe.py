@@ -16,6 +16,7 @@ from divergence.errors import InputError, SourceError, nearest, one_line
 from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.pytorch.layer_call import LayerCall
+from divergence.probes.pytorch.mixture import mixture
 from divergence.probes.pytorch.observer import LayerObserver
 from divergence.probes.pytorch.own_keys import OwnKeys
 from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
@@ -177,7 +178,8 @@ class PyTorchProbe:
             ran=lambda: digests.append(fingerprint_started(named_weights(self.model), written)),
         )
         # While a device is still at work.
-        precision = coarsest(dtype_name(p.dtype) for p in parameters)
+        kept = [dtype_name(p.dtype) for p in parameters]
+        precision = coarsest([*kept, *map(dtype_name, self._watched.autocast)])
         details = {
             "model": type(self.model).__name__,
             "device": ", ".join(devices_of(self.model)) or "cpu",
@@ -195,6 +197,7 @@ class PyTorchProbe:
             notes=notes,
             outputs=outputs,
             details=details,
+            mixed={} if self._watched.autocast else mixture(self.model, self.stacks, self._watched.hidden),
         )
 
     def observe(
@@ -233,6 +236,7 @@ class PyTorchProbe:
                 progress(f"running {self.source}", done, total)
 
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
+        self._watched = observer
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
         ran()
