@@ -165,8 +165,8 @@ def test_autocast_is_a_precision() -> None:
             {"embedding": "bf16", "layers.0": "fp32", "layers.1": "fp32", "head": "fp32"},
             True,
             (
-                "the candidate runs in bf16 in embedding, and in fp32 elsewhere: each part is judged by its own "
-                "precision"
+                "the candidate runs in bf16 in embedding, and in fp32 elsewhere: each part is judged by its "
+                "own precision"
             ),
         ),
         (
@@ -176,8 +176,8 @@ def test_autocast_is_a_precision() -> None:
             },
             False,
             (
-                "the candidate runs in fp16 in layers.0, layers.1, layers.2, layers.3 and 2 more, and in fp32 "
-                "elsewhere: all are judged by the coarsest, fp16, for nothing was replayed"
+                "the candidate runs in fp16 in layers.0, layers.1, layers.2, layers.3 and 2 more, and in "
+                "fp32 elsewhere: all are judged by the coarsest, fp16, for nothing was replayed"
             ),
         ),
     ],

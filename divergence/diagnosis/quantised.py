@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from divergence.diagnosis import cache, parts, products
+from divergence.diagnosis import cache, parts, products, weights
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Fault, LayerUnit
+from divergence.diagnosis.embedded import embedded
+from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 
 Axes = tuple[int, ...]
@@ -31,8 +32,6 @@ _OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
 """Axes of `[batch, head, token, channel]` that share a step."""
 
 _EVERY_PROJECTION = "every projection"
-_ROWS = 8  # of a hidden state that are looked up in an embedding
-_SAME = 1e-3  # relative; how far apart they may be
 
 
 @dataclass(frozen=True)
@@ -97,8 +96,8 @@ def _along(format_: Format, axes: Axes, tensor: Tensor) -> Tensor:
 
 def _products(case: Case, format_: Format) -> Iterator[Trial]:
     """Weights and inputs of products; in the first layer with the embedding too."""
-    embedded = list(_embedded(case, format_))
-    yield from embedded
+    before = list(_embedded(case, format_))
+    yield from before
     for words, indices, alone in _scopes(case):
         for (grain, right), (per, left) in _ways(format_, alone=alone):
             fault = products.computed(indices, partial(_product, left, right))
@@ -110,47 +109,35 @@ def _products(case: Case, format_: Format) -> Iterator[Trial]:
                 fix=f"leave {words} in the model's precision, or {format_.fix}",
             )
             yield trial
-            for before in embedded if words == _EVERY_PROJECTION else ():
-                assert isinstance(before.fault, Fault)
+            for given in before if words == _EVERY_PROJECTION else ():
+                assert isinstance(given.fault, Fault)
                 yield replace(
                     trial,  # under the same key: no later layer is given an embedding
-                    title=f"{before.title}; {trial.title}",
-                    fault=replace(fault, hidden=before.fault.hidden),
-                    parameters={**before.reported(0.0), **trial.reported(0.0)},
+                    title=f"{given.title}; {trial.title}",
+                    fault=replace(fault, hidden=given.fault.hidden),
+                    parameters={**given.reported(0.0), **trial.reported(0.0)},
                 )
 
 
 def _embedded(case: Case, format_: Format) -> Iterator[Trial]:
     """The embedding, whose rows enter the first layer."""
-    table = _embedding(case)
-    if table is None:
-        return
+    for found in embedded(case):
+        for how, change in _of_table(format_, found.table):
+            yield Trial(
+                key=f"{found.name} {format_.words} {how}",
+                title=f"the embedding went through {format_.words} with {how}",
+                fault=found.changed(change),
+                parameters={"format": format_.words, "embedding": how, "module": found.name},
+                fix=f"leave the embedding in the model's precision, or {format_.fix}",
+            )
+
+
+def _of_table(format_: Format, table: Tensor) -> Iterator[Way]:
+    """Rows rounded by the range of their whole table."""
     rounded, shifted = format_.rounded, format_.shifted
-    rows: list[Way] = [("one step", lambda t: rounded(t, _all(t), table))]
+    yield "one step", lambda t: rounded(t, _all(t), table)
     if shifted is not None:
-        rows.append(("one step and a zero point", lambda t: shifted(t, _all(t), table)))
-    for how, change in rows:
-        yield Trial(
-            key=f"embedding {format_.words} {how}",
-            title=f"the embedding went through {format_.words} with {how}",
-            fault=Fault(hidden=change),
-            parameters={"format": format_.words, "embedding": how},
-            fix=f"leave the embedding in the model's precision, or {format_.fix}",
-        )
-
-
-def _embedding(case: Case) -> Tensor | None:
-    """The table whose rows the first layer is given, `[row, channel]`."""
-    if not isinstance(case.unit, LayerUnit) or case.at.layer != 0:
-        return None
-    given = case.unit.hidden.flatten(0, -2)[:_ROWS].float()
-    for module in case.given.model.modules():
-        table = module.weight.detach() if isinstance(module, nn.Embedding) else None
-        if table is not None and table.shape[1] == given.shape[1]:
-            apart = torch.cdist(given, table.to(given)).amin(1)
-            if float(apart.max()) < _SAME * float(given.norm(dim=1).max()):
-                return table
-    return None
+        yield "one step and a zero point", lambda t: shifted(t, _all(t), table)
 
 
 def _ways(format_: Format, *, alone: bool) -> Iterator[tuple[Way, Way]]:
@@ -236,3 +223,38 @@ def shifted(bits: int) -> Rounded:
         return made
 
     return rounded
+
+
+_COMPARABLE = 12.0
+
+
+def comparable(case: Case, fault: Fault) -> bool:
+    """Whether an emulated rounding makes an error of about the size that is there: others of the same tensors
+    to as many bits are not worth a run otherwise."""
+    made, there = float(case.emulated(fault).norm()), float(case.error[case.tensor].norm())
+    return there / _COMPARABLE < made < there * _COMPARABLE
+
+
+def in_groups(function: Callable[[Tensor], Tensor], size: int | None, outputs: int, weight: Tensor) -> Tensor:
+    """`function` done to groups of inputs of a weight, along the last axis of `[out, group, inputs]`.
+
+    Args:
+        function: what to do.
+        size: inputs of a group, None for all.
+        outputs: the axis of the outputs.
+        weight: of two axes; others are left alone.
+    """
+    if weight.dim() != 2:
+        return weight
+    rows = weight.T if outputs else weight
+    made = function(rows.unflatten(1, (-1, size or rows.shape[1]))).flatten(1)
+    return made.T if outputs else made
+
+
+def group_sizes(case: Case, changed: Sequence[weights.Part], usual: Sequence[int], outputs: int) -> list[int]:
+    """Usual lengths of groups that fit the inputs of weights and are not all of them."""
+    named = weights.parameters(case)
+    lengths = [
+        part.of(named[part.name]).shape[1 - outputs] for part in changed if named[part.name].dim() == 2
+    ]
+    return [size for size in usual if lengths and not any(n % size or n == size for n in lengths)]

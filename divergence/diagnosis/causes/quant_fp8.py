@@ -14,6 +14,8 @@ from divergence.diagnosis.hypotheses import Trial
 
 ID = "quant_fp8"
 
+_GROUPS = (128, 32)
+_SIDES = (128, 64, 32)
 _FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
 
 
@@ -22,8 +24,14 @@ def trials(case: Case) -> Iterator[Trial]:
     inputs of products."""
     for words, parts in weights.scopes(case):
         for name, (dtype, largest) in _FORMATS.items():
-            for grain in ("tensor", "output channel", "nothing"):
-                outputs = weights.output_axis(case, parts[0].name)
+            outputs = weights.output_axis(case, parts[0].name)
+            first = weights.fault(parts, rounded(dtype, largest, "output channel", outputs))
+            if not case.nonfinite and not quantised.comparable(case, first):
+                continue
+            fitting = quantised.group_sizes(case, parts, _GROUPS, outputs) if name == "e4m3" else []
+            grains = [f"{size} inputs of an output channel" for size in fitting]
+            grains += [f"block of {size} by {size}" for size in _blocks(case, parts) if name == "e4m3"]
+            for grain in ("tensor", "output channel", "nothing", *grains):
                 how = "without a scale" if grain == "nothing" else f"with one scale for every {grain}"
                 yield Trial(
                     key=f"{words} {name} {grain}",
@@ -35,8 +43,7 @@ def trials(case: Case) -> Iterator[Trial]:
                         "parameters": [str(p) for p in parts],
                     },
                     fix=f"leave {words} in fp16, or scale every output channel by itself: check the "
-                    "calibration and the "
-                    "layers excluded from fp8",
+                    "calibration and the layers excluded from fp8",
                 )
     for name, (dtype, largest) in _FORMATS.items():
         cast = partial(_cast, dtype, largest)
@@ -52,12 +59,29 @@ def trials(case: Case) -> Iterator[Trial]:
         )
 
 
+def _blocks(case: Case, parts: list[weights.Part]) -> list[int]:
+    """Sides of square blocks that fit weights."""
+    return [
+        size
+        for size in quantised.group_sizes(case, parts, _SIDES, 0)
+        if size in quantised.group_sizes(case, parts, _SIDES, 1)
+    ]
+
+
 def _cast(dtype: torch.dtype, largest: float, tensor: Tensor) -> Tensor:
     return tensor.clamp(-largest, largest).to(dtype).to(tensor.dtype)
 
 
 def rounded(dtype: torch.dtype, largest: float, grain: str, outputs: int = 0) -> Callable[[Tensor], Tensor]:
-    """Rounding to `dtype` with the largest value of the tensor, or of each output channel, at `largest`."""
+    """Rounding to `dtype` with the largest value of the tensor, or of each output channel, or of a group of
+    inputs of each, at `largest`."""
+    side = grain.rpartition(" by ")[2] if grain.startswith("block") else ""
+    if side:
+        return partial(_in_blocks, quantised.scaled(largest, partial(_cast, dtype, largest)), int(side))
+    size = grain.removesuffix(" inputs of an output channel")
+    if size.isdecimal():
+        scaled = quantised.scaled(largest, partial(_cast, dtype, largest))
+        return partial(quantised.in_groups, lambda g: scaled(g, (-1,), None), int(size), outputs)
 
     def function(weight: Tensor) -> Tensor:
         if grain == "nothing":
@@ -67,3 +91,11 @@ def rounded(dtype: torch.dtype, largest: float, grain: str, outputs: int = 0) ->
         return (weight / scale).to(dtype).to(weight.dtype) * scale
 
     return function
+
+
+def _in_blocks(function: quantised.Rounded, side: int, weight: Tensor) -> Tensor:
+    """`function` done to square blocks of a weight of two axes."""
+    if weight.dim() != 2:
+        return weight
+    blocks = weight.unflatten(1, (-1, side)).unflatten(0, (-1, side))
+    return function(blocks, (1, 3), None).flatten(2).flatten(0, 1)

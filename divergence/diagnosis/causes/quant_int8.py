@@ -19,27 +19,45 @@ ID = "quant_int8"
 def trials(case: Case) -> Iterator[Trial]:
     """Each weight, then all, with one step for the tensor, an output channel, or an input channel; the cache;
     weights and inputs of products."""
+    named = weights.parameters(case)
     for words, parts in weights.scopes(case):
-        named = weights.parameters(case)
-        for grain, axis in (("tensor", None), ("output channel", 1), ("input channel", 0)):
-            for levels in (127.0, 128.0):
-                function = rounded(axis, levels, weights.output_axis(case, parts[0].name))
-                yield Trial(
-                    key=f"{words} {grain} {levels:g}",
-                    title=f"{words} went through int8 with one step for every {grain}",
-                    fault=weights.fault(parts, function),
-                    parameters={
-                        "per": grain,
-                        "per_tensor": grain == "tensor",
-                        "step": float(parts[0].of(named[parts[0].name].detach()).abs().max()) / levels,
-                        "parameters": [str(p) for p in parts],
-                    },
-                    fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: "
-                    "calibrate on real "
-                    "inputs, and exclude the layer from quantisation",
-                )
+        outputs = weights.output_axis(case, parts[0].name)
+        if not case.nonfinite and not quantised.comparable(
+            case, weights.fault(parts, rounded(1, 127.0, outputs))
+        ):
+            continue
+        for grain, function, levels in _ways(case, parts, outputs):
+            yield Trial(
+                key=f"{words} {grain} {levels:g}",
+                title=f"{words} went through int8 with one step{grain}",
+                fault=weights.fault(parts, function),
+                parameters={
+                    "per": grain.rpartition(" every ")[2],
+                    "per_tensor": grain.endswith(" every tensor"),
+                    "step": float(parts[0].of(named[parts[0].name].detach()).abs().max()) / levels,
+                    "parameters": [str(p) for p in parts],
+                },
+                fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: calibrate "
+                "on real inputs, and exclude the layer from quantisation",
+            )
     yield from quantised.trials(case, _INT8)
     yield from _four_bits(case)
+
+
+def _ways(
+    case: Case, parts: list[weights.Part], outputs: int
+) -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
+    """What shares a step, how it is rounded, and how many steps the largest value has."""
+    for grain, axis in (("tensor", None), ("output channel", 1), ("input channel", 0)):
+        for levels in (127.0, 128.0):
+            yield f" for every {grain}", rounded(axis, levels, outputs), levels
+    shifted = quantised.shifted(8)
+    yield " and a zero point for every tensor", lambda w: shifted(w, tuple(range(w.dim())), None), 127.0
+    channels = partial(quantised.in_groups, lambda groups: shifted(groups, (-1,), None), None, outputs)
+    yield " and a zero point for every output channel", channels, 127.0
+    for size in quantised.group_sizes(case, parts, _GROUPS, outputs):
+        groups = partial(quantised.in_groups, lambda g: quantised.integers(8)(g, (-1,), None), size, outputs)
+        yield f" for every {size} inputs of an output channel", groups, 127.0
 
 
 def _four_bits(case: Case) -> Iterator[Trial]:
@@ -47,23 +65,18 @@ def _four_bits(case: Case) -> Iterator[Trial]:
     if not quantised.is_possible(case, _LEAST_OF_FOUR_BITS):
         return
     yield from quantised.cached(case, _INT4)
-    named = weights.parameters(case)
     for words, parts in weights.scopes(case):
         outputs = weights.output_axis(case, parts[0].name)
-        lengths = [
-            part.of(named[part.name]).shape[1 - outputs] for part in parts if named[part.name].dim() == 2
-        ]
-        for size in (*_GROUPS, None):
-            if size is not None and (
-                not lengths or any(length % size or length == size for length in lengths)
-            ):
-                continue
+        whole = weights.fault(parts, partial(quantised.in_groups, _GROUPED[""], None, outputs))
+        if not quantised.comparable(case, whole):
+            continue
+        for size in (*quantised.group_sizes(case, parts, _GROUPS, outputs), None):
             for how, function in _GROUPED.items():
                 grain = "output channel" if size is None else f"{size} inputs of an output channel"
                 yield Trial(
                     key=f"{words} int4 {size} {how}",
                     title=f"{words} went through int4 with one step{how} for every {grain}",
-                    fault=weights.fault(parts, partial(_in_groups, function, size, outputs)),
+                    fault=weights.fault(parts, partial(quantised.in_groups, function, size, outputs)),
                     parameters={
                         "bits": 4,
                         "per": grain,
@@ -72,17 +85,6 @@ def _four_bits(case: Case) -> Iterator[Trial]:
                     },
                     fix=f"quantise {words} in smaller groups, or to 8 bits, or leave the layer out",
                 )
-
-
-def _in_groups(
-    function: Callable[[Tensor], Tensor], size: int | None, outputs: int, weight: Tensor
-) -> Tensor:
-    """`function` done to groups of inputs of a weight, along the last axis of `[out, group, inputs]`."""
-    if weight.dim() != 2:
-        return weight
-    rows = weight.T if outputs else weight
-    made = function(rows.unflatten(1, (-1, size or rows.shape[1]))).flatten(1)
-    return made.T if outputs else made
 
 
 _LEAST_OF_FOUR_BITS = 0.01

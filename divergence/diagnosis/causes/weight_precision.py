@@ -10,6 +10,7 @@ from torch import Tensor
 
 from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
+from divergence.diagnosis.embedded import embedded
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "weight_precision"
@@ -24,12 +25,29 @@ def trials(case: Case) -> Iterator[Trial]:
     yield from _trials("all weights, gains and biases", every)
     if case.is_layer and case.at.layer == 0:
         yield from _trials("all weights, gains and biases", every, embedded=True)
+        yield from _embedding(case)
+
+
+def _embedding(case: Case) -> Iterator[Trial]:
+    """The embedding alone."""
+    for found in embedded(case):
+        for precision, dtype in _HALVES:
+            yield Trial(
+                key=f"{found.name} {precision}",
+                title=f"the embedding is rounded to {precision}",
+                fault=found.changed(through(dtype)),
+                parameters={"precision": precision, "module": found.name},
+                fix="export the embedding from the fp32 checkpoint",
+            )
+
+
+_HALVES = (("bf16", torch.bfloat16), ("fp16", torch.float16))
 
 
 def _trials(words: str, parts: list[weights.Part], *, embedded: bool = False) -> Iterator[Trial]:
     """Parts, and what enters the layer where it is `embedded`, rounded; the key is the same in later
     layers, which nothing is embedded for."""
-    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+    for precision, dtype in _HALVES:
         meant = "bf16-weights" if precision == "bf16" else precision
         function = through(dtype)
         fault = weights.fault(parts, function)

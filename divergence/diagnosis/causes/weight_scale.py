@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from divergence.diagnosis import parts, weights
-from divergence.diagnosis.case import Case
+from divergence.diagnosis.case import ENOUGH, Case
 from divergence.diagnosis.emulate import Fault
+from divergence.diagnosis.estimate import estimate
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "weight_scale"
@@ -15,6 +17,7 @@ _FIX = (
     "compare '{name}' in the checkpoint and in the export: a scale was applied twice, left out, "
     "or folded wrongly"
 )
+_SMALLEST = 1e-5
 _NEARLY_GONE = 0.1  # a gain smaller than this fits whatever lacks what the weight makes
 
 
@@ -25,7 +28,29 @@ def trials(case: Case) -> Iterator[Trial]:
             yield _trial(str(part), f"'{part}' is {{value:.4g}} times the reference's", _scaled(part))
     if case.is_layer and case.at.layer == 0:
         title = "what enters the first layer (the embedding) is {value:.4g} times the reference's"
-        yield _trial("input", title, lambda gain: Fault(hidden=lambda hidden: hidden * gain))
+        yield _trial("input", title, _given)
+        shown = _gain_that_hidden_shows(case)
+        if shown is not None:
+            yield replace(
+                _trial("input", title.format(value=shown), _given),
+                fault=_given(shown),
+                starts=(),
+                parameters={"parameter": "input", "gain": shown},
+            )
+
+
+def _given(gain: float) -> Fault:
+    return Fault(hidden=lambda hidden: hidden * gain)
+
+
+def _gain_that_hidden_shows(case: Case) -> float | None:
+    """The gain of what enters the first layer, by its hidden state: keys and values come after a norm, which
+    leaves no more of a gain than an epsilon does."""
+    if case.tensor == "hidden" or "hidden" not in case.failing:
+        return None
+    at = replace(case, at=case.site_of("hidden"), failing=("hidden",), memory={})
+    gain, explained = estimate(at, _given, (1.0, 2.0, 0.1, 10.0))
+    return gain if explained > ENOUGH and abs(gain - 1) > _SMALLEST else None
 
 
 def only_through_scores(case: Case, part: weights.Part) -> bool:

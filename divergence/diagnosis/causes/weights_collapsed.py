@@ -27,6 +27,16 @@ def trials(case: Case) -> Iterator[Trial]:
             "bits of fp16 were read as bf16, which makes all of it about 1e-11",
             exact=lambda _: True,
         )
+    for part in weights.gains(case):
+        for value, words in ((1.0, "1"), (0.0, "0")):
+            yield Trial(
+                key=f"{part} {words}",
+                title=f"'{part}' is {words} everywhere, as before anything is loaded",
+                fault=weights.fault([part], partial(torch.full_like, fill_value=value)),
+                parameters={"parameter": str(part), "value": value},
+                fix=f"load '{part.name}': the converter left it out, or looks for it under another name",
+                exact=lambda _: True,
+            )
     for part in weights.matrices(case):
         yield Trial(
             key=f"{part} constant",
