@@ -61,10 +61,12 @@ def trials(case: Case) -> Iterator[Trial]:
 
 def _blocks(case: Case, parts: list[weights.Part]) -> list[int]:
     """Sides of square blocks that fit weights."""
+    named = weights.parameters(case)
+    shapes = [tuple(part.of(named[part.name]).shape) for part in parts if named[part.name].dim() == 2]
     return [
-        size
-        for size in quantised.group_sizes(case, parts, _SIDES, 0)
-        if size in quantised.group_sizes(case, parts, _SIDES, 1)
+        side
+        for side in _SIDES
+        if shapes and not any(n % side for shape in shapes for n in shape) and (side, side) not in shapes
     ]
 
 

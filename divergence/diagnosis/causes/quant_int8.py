@@ -37,8 +37,8 @@ def trials(case: Case) -> Iterator[Trial]:
                     "step": float(parts[0].of(named[parts[0].name].detach()).abs().max()) / levels,
                     "parameters": [str(p) for p in parts],
                 },
-                fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: calibrate "
-                "on real inputs, and exclude the layer from quantisation",
+                fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: "
+                "calibrate on real inputs, and exclude the layer from quantisation",
             )
     yield from quantised.trials(case, _INT8)
     yield from _four_bits(case)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ ID = "rope_position"
 _BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0)
 _POWERS = (0.3, 2.5, 550)  # of the frequencies: a base of 10 000 becomes one of 16 to 10^10
 _TOKENS = 128  # what is looked at to find them: steps of the powers turn the last by less than a quarter
+_SAME = 1e-3  # relative; of a frequency or an amplitude that is taken to be the reference's
+_FEW = 4  # fewer frequencies than this fit many a difference
 _OFFSETS = (1, -1, 2, -2, 3, 4)
 _FIX = "feed the reference's position_ids: {what}"
 
@@ -46,7 +49,84 @@ def trials(case: Case) -> Iterator[Trial]:
             positions * factor,
             {"factor": factor},
         )
+    yield from _rows(case, found)
     yield from _bases(case, found)
+    yield from _frequencies(case, found)
+
+
+def _rows(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
+    """Positions of some rows of the batch alone."""
+    for turned in _turned(case, found):
+        offsets = [_offset(found, row) for row in turned]
+        if len(set(offsets)) > 1:
+            moved = torch.tensor(offsets, dtype=found.positions.dtype, device=found.positions.device)
+            yield _trial(
+                found,
+                f"rows {offsets}",
+                "positions are off in some rows of the batch: "
+                + ", ".join(f"{offset:+d} in row {row}" for row, offset in enumerate(offsets) if offset),
+                found.positions + moved[:, None],
+                {"offsets": offsets},
+            )
+
+
+def _frequencies(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
+    """Other inverse frequencies, each as the keys show it: a scaling of some of them left out or put in."""
+    own = found.unique.double()
+    for turned in _turned(case, found):
+        other = _other_frequencies(own, found.positions.double(), turned)
+        factors = (other / own.clamp(min=1e-30)).tolist()
+        changed = [factor for factor in factors if abs(factor - 1) > _SAME]
+        if not changed or len(own) < _FEW:
+            continue
+        size = float(turned.abs().sum()) / max(_size(case, found), 1e-30)
+        amplitude = found.amplitude * (size if abs(size - 1) > _SAME else 1.0)
+        spread = _spread_as(found.frequencies, own, other)
+        if spread is None:
+            continue
+        changed_too = replace(found, amplitude=amplitude)
+        yield Trial(
+            key="frequencies",
+            title=f"{len(changed)} of {len(own)} frequencies of the rotary embedding are others than the "
+            f"reference's, {min(changed):.3g} to {max(changed):.3g} times them"
+            + (f", and its cosines and sines {size:.3g} times" if amplitude != found.amplitude else ""),
+            fault=changed_too.with_angles(changed_too.angles(found.positions, spread)),
+            parameters={"factors": [round(factor, 6) for factor in factors], "amplitude": amplitude},
+            fix="scale the frequencies as the reference's configuration says (rope_scaling, rope_parameters: "
+            "rope_type, factor, original_max_position_embeddings; llama3, yarn, longrope, linear)",
+        )
+
+
+def _other_frequencies(own: Tensor, positions: Tensor, turned: Tensor) -> Tensor:
+    """Inverse frequencies that turn the reference's key into the candidate's, from how the phase between them
+    grows from token to token, and then over all of them."""
+    together = turned.sum(1)  # [row, token, frequency]
+    steps = (together[:, 1:] * together[:, :-1].conj()).sum((0, 1)).angle()
+    more = steps / max(float((positions[:, 1:] - positions[:, :-1]).mean()), 1.0)
+    weight = together.abs()
+    for _ in range(3):
+        left = (together * torch.exp(-1j * positions[:, :, None] * more)).angle()
+        more = more + (weight * left * positions[:, :, None]).sum((0, 1)) / (
+            weight * positions.square()[:, :, None]
+        ).sum((0, 1)).clamp(min=1e-30)
+    return own + more
+
+
+def _size(case: Case, found: rotary.Rotary) -> float:
+    """What `_turned` would be in sum if the keys were not turned and of the same size."""
+    here, count = found.positions.shape[1], 2 * found.unique.numel()
+    clean = case.valid("key", case.clean["key"])[..., -here:, :count]
+    return float(clean.square().sum())
+
+
+def _spread_as(frequencies: Tensor, own: Tensor, other: Tensor) -> Tensor | None:
+    """`other` in the order in which `frequencies` hold each of `own`, once or twice."""
+    for spread in (lambda t: t, lambda t: torch.cat((t, t)), lambda t: t.repeat_interleave(2)):
+        if spread(own).shape == frequencies.shape and torch.allclose(
+            spread(own).to(frequencies), frequencies, rtol=1e-4
+        ):
+            return spread(other)
+    return None
 
 
 def _bases(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
@@ -77,37 +157,40 @@ def _turned(case: Case, found: rotary.Rotary) -> list[Tensor]:
     frequency]` for both ways to pair channels; none where the site is not a key."""
     if case.tensor != "key":
         return []
-    count = found.unique.numel()
+    count = 2 * found.unique.numel()
     # Of a cache only the end is turned in this call.
     here = found.positions.shape[1]
     keys = [case.valid("key", t)[..., -here:, :] for t in (case.clean["key"], case.candidate["key"])]
-    if keys[0].shape[-1] < 2 * count:
+    if keys[0].shape[-1] < count:
         return []
     turned = []
-    for halves in (True, False):
-        pairs = [
-            k[..., : 2 * count].unflatten(-1, (2, count)).movedim(-2, -1)
-            if halves
-            else k[..., : 2 * count].unflatten(-1, (count, 2))
-            for k in keys
-        ]
-        clean, seen = (torch.view_as_complex(p.contiguous()) for p in pairs)
-        turned.append(clean.conj() * seen)
+    # The channels that are turned are the first of each head, or the last (multi-head latent attention).
+    sides = [slice(count)] + ([slice(-count, None)] if keys[0].shape[-1] > count else [])
+    for side in sides:
+        for shape, axis in (((2, -1), -2), ((-1, 2), -1)):
+            pairs = [k[..., side].unflatten(-1, shape).movedim(axis, -1) for k in keys]
+            clean, seen = (torch.view_as_complex(p.contiguous()) for p in pairs)
+            turned.append(clean.conj() * seen)
     return turned
 
 
 def estimated(case: Case, found: rotary.Rotary) -> list[int]:
     """Offsets that turn the reference's key into the candidate's, by the phase between them over all
     frequencies; none where the site is not a key."""
+    best: list[int] = []
+    for turned in _turned(case, found):
+        offset = _offset(found, turned)
+        if offset:
+            best += [offset, -offset]
+    return best
+
+
+def _offset(found: rotary.Rotary, turned: Tensor) -> int:
+    """The offset of all tokens of a part of what `_turned` gives."""
     frequencies = found.unique.double()
     offsets = torch.arange(-4096, 4097, dtype=torch.float64, device=frequencies.device)
     waves = torch.exp(-1j * offsets[:, None] * frequencies)
-    best: list[int] = []
-    for turned in _turned(case, found):
-        at = int((waves @ turned.flatten(0, -2).sum(0).to(waves.device)).real.argmax())
-        if int(offsets[at]) != 0:
-            best += [int(offsets[at]), -int(offsets[at])]
-    return best
+    return int(offsets[int((waves @ turned.flatten(0, -2).sum(0).to(waves.device)).real.argmax())])
 
 
 def estimated_powers(case: Case, found: rotary.Rotary) -> list[float]:
