@@ -462,3 +462,42 @@ def test_an_emulation_that_breaks_does_not_cost_the_verdict(monkeypatch: pytest.
     assert any(
         "the cause could not be looked for (RuntimeError: no such operator)" in n for n in result.notes
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_attention_kernel_in_half_precision_is_named(dtype: torch.dtype) -> None:
+    def half(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        groups = query.shape[1] // key.shape[1]
+        query, key, value = (
+            t.to(dtype).float() for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value)))
+        )
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        scores = (query @ key.transpose(2, 3) * kwargs["scaling"]).masked_fill(~seen, float("-inf"))
+        made = (scores.softmax(-1).to(dtype).float() @ value).to(dtype).float()
+        return made.transpose(1, 2), None
+
+    reference = MODELS["llama"]()
+    found = diagnosed(reference, planted(reference, _attention(half)), inputs_for("llama", tokens=24)).causes[
+        0
+    ]
+    assert (found.id, found.site) == ("softmax_precision", "layers.0.hidden")
+    assert found.title.startswith(
+        f"all of the attention runs in {'bf16' if dtype is torch.bfloat16 else 'fp16'}"
+    )
+    assert found.explained is not None
+    assert found.explained > 0.95
+
+
+def test_scores_that_are_not_capped_are_named() -> None:
+    def uncapped(model: Any) -> None:
+        for one in model.model.layers:
+            one.self_attn.attn_logit_softcapping = None
+
+    reference = MODELS["gemma2"](attn_logit_softcapping=1.0, attn_implementation="eager")
+    found = diagnosed(reference, planted(reference, uncapped), inputs_for("gemma2", tokens=24)).causes[0]
+    assert (found.id, found.site) == ("activation", "layers.0.hidden")
+    assert found.title == "the attention scores are not capped: the reference's go through a tanh"
+    assert found.explained is not None
+    assert found.explained > 0.999

@@ -32,7 +32,8 @@ _NOTHING = 3e-6  # relative change of a tensor that is the rounding of fp32
 
 
 def trials(case: Case) -> Iterator[Trial]:
-    """Every activation of the layer replaced by every other one."""
+    """Every activation of the layer replaced by every other one; caps left out."""
+    yield from _uncapped(case)
     for place in parts.activated(case):
         own = _own_name(case, place)
         for name, function in FUNCTIONS.items():
@@ -46,6 +47,30 @@ def trials(case: Case) -> Iterator[Trial]:
                 fix=f"export the activation as {own or place.name} (hidden_act of the configuration; "
                 "`approximate` of gelu)",
             )
+
+
+def _uncapped(case: Case) -> Iterator[Trial]:
+    """A tanh that caps attention scores, or logits behind the layers, left out (Gemma 2)."""
+    activated = {place.first for place in parts.activated(case)} if case.is_layer else set()
+    caps = [
+        operator
+        for operator in case.trace.named("tanh")
+        if operator.index not in activated and case.trace.reaches(case.tensor, operator.index)
+    ]
+    if not caps:
+        return
+    what = "attention scores" if case.is_layer else "logits"
+    handlers: dict[int, Handler] = {
+        cap.index: lambda call: call.args[0] if call.args else call.kwargs["input"] for cap in caps
+    }
+    yield Trial(
+        key="uncapped",
+        title=f"the {what} are not capped: the reference's go through a tanh",
+        fault=Fault(operators=lambda: handlers),
+        parameters={"activation": "no cap", "reference": "tanh"},
+        fix=f"cap the {what} as the reference does (attn_logit_softcapping, final_logit_softcapping); fused "
+        "attention kernels often leave it out",
+    )
 
 
 def _own_name(case: Case, place: parts.Activated) -> str | None:
