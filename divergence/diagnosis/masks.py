@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.parts import Attention
 from divergence.diagnosis.trace import Call, Handler
@@ -21,8 +24,78 @@ Hide = Callable[[Tensor], Tensor]
 """From what is hidden, bool `[..., query, key]`, to what is hidden instead."""
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What an attention product of the reference hides, by all of its masks.
+
+    Attributes:
+        hidden: bool `[..., query, key]`.
+        back: how far before its query every key lies, `[query, key]`; below 0 where it comes later.
+    """
+
+    hidden: Tensor
+    back: Tensor
+
+    @property
+    def causal(self) -> bool:
+        """Whether no query sees a later token."""
+        return bool((self.hidden | (self.back >= 0)).all())
+
+    def farthest(self) -> Tensor:
+        """How far back every query sees, `[batch, query]`; -1 where it sees nothing. Batch is 1 where the
+        mask is the same for all, or not known by row."""
+        hidden = self.hidden
+        # Of three axes the first may be heads.
+        hidden = hidden.all(1) if hidden.dim() == 4 else _for_all(hidden)[None]
+        return self.back.masked_fill(hidden, -1).amax(-1)
+
+
+def of_reference(case: Case, attention: Attention) -> Reference | None:
+    """What the reference's attention hides; None where none of its masks could be read."""
+    found: list[Tensor] = []
+
+    def keep(hidden: Tensor) -> Tensor:
+        found.append(hidden)
+        return hidden
+
+    case.emulated(with_mask(attention, keep))
+    wide = [hidden for hidden in found if hidden.dim() >= 2]
+    if not wide:
+        return None
+    hidden = functools.reduce(torch.logical_or, wide)
+    # A mask of padding alone is often given once for all queries.
+    queries = case.trace.operators[attention.scores].shape[-2]
+    if hidden.shape[-2] == 1:
+        hidden = hidden.expand(*hidden.shape[:-2], queries, hidden.shape[-1])
+    return Reference(hidden, distances(hidden))
+
+
+def distances(hidden: Tensor) -> Tensor:
+    """How far before its query every key lies, `[query, key]`; below 0 where it comes later.
+
+    Keys and queries end at the same token, unless the mask hides the last keys from all queries: places of a
+    cache that are still empty, or a causal mask whose first query sees the first key alone.
+    """
+    visible = ~_for_all(hidden)
+    queries, keys = visible.shape
+    rows, columns = (torch.arange(n, device=hidden.device) for n in (queries, keys))
+    last = columns.expand_as(visible).masked_fill(~visible, -keys).amax(-1)
+    past = min(int((last - rows).max()), keys - queries)
+    return rows[:, None] + past - columns
+
+
+def _for_all(hidden: Tensor) -> Tensor:
+    """What is hidden whatever the row of the batch and the head, `[query, key]`."""
+    return hidden.reshape(-1, *hidden.shape[-2:]).all(0)
+
+
 def with_mask(
-    attention: Attention, hide: Hide, value: float | None = None, *, seen: float | None = None
+    attention: Attention,
+    hide: Hide,
+    value: float | None = None,
+    *,
+    seen: float | None = None,
+    weights: Callable[[Tensor], Tensor] | None = None,
 ) -> Fault:
     """The fault of another mask.
 
@@ -31,12 +104,19 @@ def with_mask(
         hide: what it hides.
         value: what hides; as the reference has it if None.
         seen: what is added where nothing is hidden; as the reference has it if None.
+        weights: a change of the probabilities that come of it.
     """
 
     def make() -> dict[int, Handler]:
         if attention.fused is not None:
-            return {attention.fused: lambda call: _fused(call, hide, value, seen)}
-        return {index: lambda call: _written(call, hide, value, seen) for index in attention.masks}
+            return {attention.fused: lambda call: _fused(call, hide, value, seen, weights)}
+        handlers: dict[int, Handler] = {
+            index: lambda call: _written(call, hide, value, seen) for index in attention.masks
+        }
+        if weights is not None:
+            change = weights
+            handlers[attention.softmax] = lambda call: change(call.run())
+        return handlers
 
     return Fault(operators=make)
 
@@ -97,20 +177,15 @@ def additive(call: Call, scores: Tensor) -> Tensor | None:
     return torch.zeros(rows, columns, dtype=scores.dtype, device=scores.device).masked_fill(~seen, -math.inf)
 
 
-def visible_ahead(steps: int) -> Hide:
+def visible_ahead(reference: Reference, steps: int) -> Hide:
     """Lets every query see `steps` tokens more."""
-
-    def hide(hidden: Tensor) -> Tensor:
-        near = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).tril(steps).triu(1)
-        return hidden & ~near
-
-    return hide
+    near = (reference.back < 0) & (reference.back >= -steps)
+    return lambda hidden: hidden & ~near
 
 
-def causal_only(hidden: Tensor) -> Tensor:
+def causal_only(reference: Reference) -> Hide:
     """Lets padding be seen."""
-    later = torch.ones(hidden.shape[-2:], dtype=torch.bool, device=hidden.device).triu(1)
-    return hidden & later
+    return lambda hidden: hidden & (reference.back < 0)
 
 
 def padding_only(hidden: Tensor) -> Tensor:
@@ -118,32 +193,33 @@ def padding_only(hidden: Tensor) -> Tensor:
     return hidden[..., -1:, :].expand_as(hidden)
 
 
-def window_of(hidden: Tensor) -> int:
-    """How many tokens the query that sees most can see, itself included; 0 where that is all before it."""
-    back = _back(hidden).expand_as(hidden)
-    farthest = int(back.masked_fill(hidden, -1).max())
-    return farthest + 1 if bool((hidden & (back > farthest) & ~_padded(hidden)).any()) else 0
-
-
-def with_window(length: int) -> Hide:
-    """Lets every query see `length` tokens, itself included, of those that are no padding."""
+def hiding(reference: Reference, more: Tensor) -> Hide:
+    """Hides `more` than the reference does, `[..., query, key]`."""
+    anything = bool(reference.hidden.any())
 
     def hide(hidden: Tensor) -> Tensor:
-        back = _back(hidden)
-        return torch.where(back < 0, hidden, _padded(hidden) | (back >= length))
+        # What hides nothing next to a mask that does is none: a bias of positions, say.
+        return hidden | more if not anything or bool(hidden.any()) else hidden
 
     return hide
 
 
-def _back(hidden: Tensor) -> Tensor:
-    """How far before its query every key lies, `[query, key]`; below 0 where it comes later."""
-    rows, columns = (torch.arange(n, device=hidden.device) for n in hidden.shape[-2:])
-    return rows[:, None] + (len(columns) - len(rows)) - columns
+def window_of(reference: Reference) -> int:
+    """How many tokens the query that sees most can see, itself included; 0 where that is all before it."""
+    hidden, back = reference.hidden, reference.back
+    farthest = int(back.masked_fill(hidden, -1).max())
+    return farthest + 1 if bool((hidden & (back > farthest) & ~_padded(hidden, back)).any()) else 0
 
 
-def _padded(hidden: Tensor) -> Tensor:
+def with_window(reference: Reference, length: int) -> Hide:
+    """Lets every query see `length` tokens, itself included, of those that are no padding."""
+    back = reference.back
+    return lambda hidden: torch.where(back < 0, hidden, _padded(hidden, back) | (back >= length))
+
+
+def _padded(hidden: Tensor, back: Tensor) -> Tensor:
     """Keys that their own queries cannot see."""
-    at_itself = hidden & (_back(hidden) == 0)
+    at_itself = hidden & (back == 0)
     return at_itself.any(-2, keepdim=True)
 
 
@@ -152,23 +228,36 @@ def nothing(hidden: Tensor) -> Tensor:
     return torch.zeros_like(hidden)
 
 
-def same(hidden: Tensor) -> Tensor:
-    """Hides what the reference hides."""
-    return hidden
+def same(given: Tensor) -> Tensor:
+    """What it is given: hides what the reference hides, or leaves probabilities as they are."""
+    return given
 
 
-def _fused(call: Call, hide: Hide, value: float | None, seen: float | None) -> Any:
+def _fused(
+    call: Call,
+    hide: Hide,
+    value: float | None,
+    seen: float | None,
+    weights: Callable[[Tensor], Tensor] | None,
+) -> Any:
     query, key = call.argument(0, "query"), call.argument(1, "key")
     like = torch.empty(query.shape[-2], key.shape[-2], dtype=query.dtype, device=query.device)
     mask = additive(call, like)
     mask = torch.zeros_like(like) if mask is None else mask.to(query.dtype)
-    return written_out(call, mask=_changed(mask, hide, value, seen))
+    changed = _changed(mask, hide, value, seen)
+    change = same if weights is None else weights
+    return written_out(call, softmax=lambda scores: change(scores.softmax(-1)), mask=changed)
 
 
 def _changed(mask: Tensor, hide: Hide, value: float | None, seen: float | None) -> Tensor:
     hidden = mask < HIDES
     wanted = hide(hidden)
-    low = torch.full((), value, dtype=mask.dtype, device=mask.device) if value is not None else mask.min()
+    low = mask.min()
+    if value is not None:
+        low = torch.full_like(low, value)
+    elif mask.is_floating_point():
+        # What hides nothing has no value that hides.
+        low = torch.where(hidden.any(), low, torch.finfo(mask.dtype).min)
     kept = torch.where(hidden, torch.zeros_like(mask), mask if seen is None else mask + seen)
     # Where nothing changes the mask's own value stays, whatever the reference hides with.
     return torch.where(wanted, torch.where(hidden & (value is None), mask, low), kept)
