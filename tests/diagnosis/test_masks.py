@@ -160,6 +160,13 @@ def test_a_window_is_told_through_rounding(dtype: torch.dtype) -> None:
     assert (cause.id, cause.site, cause.parameters["window"]) == ("mask_leak", "layers.0.hidden", 8)
 
 
+def test_a_token_that_does_not_see_itself_is_told_where_rounding_hides_some_of_it() -> None:
+    reference = MODELS["llama"](initializer_range=0.02)
+    candidate = planted(reference, seeing(strict_but_first)).to(torch.bfloat16)
+    cause = diagnosed(reference, candidate, inputs_for("llama", 2, TOKENS)).causes[0]
+    assert (cause.id, cause.parameters["first"]) == ("mask_leak", "itself")
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_causal_mask_that_the_reference_lacks_is_told(attention: str) -> None:
     reference = MODELS["bert"](attn_implementation=attention)

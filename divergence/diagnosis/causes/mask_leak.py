@@ -21,7 +21,7 @@ _TIMES = (2, 4, 8)
 _FIX = "build the mask as the reference does: {what}"
 _MORE = "the attention mask hides more than the reference's: "
 
-_ROUNDING = 4.0  # a token with an error of so many times the limit is wrong, and not only rounded
+_ROUNDING = 4.0  # a single token with an error of so many times the limit is wrong, and not only rounded
 _SCANS = 6  # emulations in which the length of a window is looked for
 _FITS = 0.01  # share of the error of one token that the right length may leave
 
@@ -135,7 +135,7 @@ def _shorter(case: Case, attention: parts.Attention, reference: masks.Reference)
 
     What one query sees bears on its own token alone: one run tries another length at every token.
     """
-    wrong = _wrong(case, reference)
+    wrong = _wrong(case, reference, _ROUNDING)
     if wrong is None or not reference.causal or not bool(wrong.any()):
         return None
     first = wrong.int().argmax(-1)[wrong.any(-1)]  # of every row of the batch that has an error
@@ -180,7 +180,7 @@ def _tighter(
     case: Case, number: int, attention: parts.Attention, reference: masks.Reference
 ) -> Iterator[Trial]:
     """Tokens that do not see themselves; a causal mask where the reference has none."""
-    wrong = _wrong(case, reference)
+    wrong = _wrong(case, reference, 1.0)
     if wrong is None:
         return
     if reference.causal:
@@ -239,15 +239,15 @@ def _rows(of: Tensor, like: Tensor) -> Tensor:
     return queries.expand(like.shape)
 
 
-def _wrong(case: Case, reference: masks.Reference) -> Tensor | None:
-    """Which tokens have an error beyond rounding, `[batch, query]`; None where tokens of the site are not
-    those that the attention is asked for."""
+def _wrong(case: Case, reference: masks.Reference, times: float) -> Tensor | None:
+    """Which tokens have an error of so many `times` the limit, `[batch, query]`; None where tokens of the
+    site are not those that the attention is asked for."""
     error, clean = (_by_token(case, t) for t in (case.error[case.tensor], case.valid_clean(case.tensor)))
     if error.dim() != 2 or error.shape[-1] != reference.hidden.shape[-2]:
         return None
     if reference.hidden.dim() == 4 and reference.hidden.shape[0] not in (1, len(error)):
         return None
-    wrong: Tensor = error > _ROUNDING * case.given.limit * case.floor(case.tensor) * clean
+    wrong: Tensor = error > times * case.given.limit * case.floor(case.tensor) * clean
     return wrong
 
 
