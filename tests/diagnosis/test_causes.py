@@ -495,7 +495,9 @@ def test_scores_that_are_not_capped_are_named() -> None:
         for one in model.model.layers:
             one.self_attn.attn_logit_softcapping = None
 
-    reference = MODELS["gemma2"](attn_logit_softcapping=1.0, attn_implementation="eager")
+    reference = MODELS["gemma2"](
+        attn_logit_softcapping=0.5, attn_implementation="eager", initializer_range=0.3
+    )
     found = diagnosed(reference, planted(reference, uncapped), inputs_for("gemma2", tokens=24)).causes[0]
     assert (found.id, found.site) == ("activation", "layers.0.hidden")
     assert found.title == "the attention scores are not capped: the reference's go through a tanh"
