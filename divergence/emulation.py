@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from divergence.probes.pytorch.observer import wrapped
+from divergence.probes.pytorch.opened import opened
 from divergence.probes.pytorch.placement import brought_in
 
 STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -148,6 +149,10 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        inside = opened(func, types)
+        if inside is not None:
+            with self:
+                return inside(*args, **kwargs)
         if self._precision == "fp64" and func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
             # A mask of finfo(float64).min would become -inf in fp32, and fully masked rows NaN.
             kwargs["dtype"] = torch.float64

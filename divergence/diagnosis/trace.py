@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from divergence.emulation import tensors_in
+from divergence.probes.pytorch.opened import opened
 
 if TYPE_CHECKING:
     from divergence.diagnosis.emulate import Fault
@@ -316,6 +317,10 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        inside = opened(func, types)
+        if inside is not None:
+            with self:
+                return inside(*args, **(kwargs or {}))
         index = self._count
         self._count += 1
         call = Call(func, args, dict(kwargs or {}))

@@ -2,7 +2,7 @@
 
 `AttentionWatch` is a torch function mode: it sees calls of `scaled_dot_product_attention`, and in
 explicit attention the product before a softmax (query times key) and the one after it
-(probabilities times value).
+(probabilities times value). Functions that hide these are opened.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from divergence.probes.pytorch.opened import opened
 
 _MATMULS = frozenset(
     {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum, torch.baddbmm}
@@ -33,12 +35,14 @@ class Product:
         query, key, value: `[batch, head, token, channel]`; key and value with the heads repeated
             where the model repeats them before the product.
         how: in words.
+        batch: number of sequences, where heads may be folded into them and this is known; else 0.
     """
 
     query: Tensor | None
     key: Tensor | None
     value: Tensor | None
     how: str
+    batch: int = 0
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -54,6 +58,7 @@ class AttentionWatch(TorchFunctionMode):
         # Products of the current module call that may turn out to be scores, newest last.
         self._scores: list[tuple[torch.Size, Tensor, Tensor]] = []
         self._pending: tuple[torch.Size, Tensor, Tensor] | None = None
+        self._batch = 0
 
     def forget(self) -> None:
         """Drops what was seen so far (a layer begins or ends)."""
@@ -63,6 +68,9 @@ class AttentionWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        inside = opened(func, types)
+        if inside is not None:
+            return self._within(inside, args, kwargs or {})
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func in _WATCHED:  # few are, and every call of the model passes here
             kwargs = kwargs or {}
@@ -74,11 +82,21 @@ class AttentionWatch(TorchFunctionMode):
                 self._softmax(result)
         return result
 
+    def _within(
+        self, inside: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        query = args[0]  # [token, batch, channel] whatever the layout of the module, or [token, channel]
+        outer, self._batch = self._batch, query.shape[1] if query.dim() == 3 else 1
+        try:
+            with self:
+                return inside(*args, **kwargs)
+        finally:
+            self._batch = outer
+
     def _sdpa(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
-        self._seen(
-            Product(named["query"], named["key"], named["value"], "what reaches scaled_dot_product_attention")
-        )
+        how = "what reaches scaled_dot_product_attention"
+        self._seen(Product(named["query"], named["key"], named["value"], how, self._batch))
 
     def _matmul(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         operands = _operands(func, args, kwargs)
@@ -88,7 +106,7 @@ class AttentionWatch(TorchFunctionMode):
         if self._pending is not None and _same_scores(left.shape, self._pending[0]):
             _, query, key = self._pending
             self._pending = None
-            self._seen(Product(query, key, right, "what reaches the attention product"))
+            self._seen(Product(query, key, right, "what reaches the attention product", self._batch))
             return
         self._scores.append((result.shape, left, right.transpose(-1, -2)))
         del self._scores[:-4]

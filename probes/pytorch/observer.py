@@ -229,7 +229,7 @@ class LayerObserver:
             cross = bool(_CROSS.search(path)) or "key" in emitted
             for tensor in ("key", "value"):
                 name = f"cross_{tensor}" if cross else tensor
-                seen = unfolded(getattr(product, tensor), batch)
+                seen = unfolded(getattr(product, tensor), product.batch or batch)
                 if name in emitted or seen is None or seen.dim() != 4:
                     continue
                 held = cached(caches, site.layer, name)
@@ -255,11 +255,10 @@ class LayerObserver:
         site = current.site
         attention = next((path for _, path in current.products), None)
         if current.products:
-            query = unfolded(current.products[0][0].query, 0)
+            product = current.products[0][0]
+            query = unfolded(product.query, product.batch)
             if query is not None and query.dim() == 4:
-                self._sink(
-                    Observation(site.with_tensor("query"), query, HEAD_AXES, current.products[0][0].how)
-                )
+                self._sink(Observation(site.with_tensor("query"), query, HEAD_AXES, product.how))
         for tensor, (name, value) in _roles(current.inner, attention).items():
             axes = HIDDEN_AXES if value.dim() == 3 else ()
             self._sink(Observation(site.with_tensor(tensor), value, axes, f"output of {name}"))

@@ -1,0 +1,39 @@
+"""Opens functions that a torch function mode sees as one call, though they call torch functions.
+
+`torch.nn.functional.multi_head_attention_forward`, which `nn.MultiheadAttention` and with it
+`nn.TransformerEncoderLayer` run in, hands itself over to the mode as a whole, and what it calls is
+then seen by no mode: neither its projections nor its attention product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+
+def opened(func: Any, types: Sequence[type]) -> Callable[..., Any] | None:
+    """The same function with its inner calls to be seen, for a mode to call with itself active; None where
+    `func` hides none.
+
+    Args:
+        func: the torch function that a mode is to run.
+        types: of its arguments as the mode was told them: a class of tensors may have a function of its own.
+    """
+    if func is not functional.multi_head_attention_forward or not isinstance(func, FunctionType):
+        return None
+    if "has_torch_function" not in func.__code__.co_names or any(kind is not Tensor for kind in types):
+        return None
+    # Its first question is whether any mode or class wants it; told no, it goes on. All else is its own code,
+    # with what its module holds now.
+    answering = {**func.__globals__, "has_torch_function": _nobody}
+    inside = FunctionType(func.__code__, answering, func.__name__, func.__defaults__, func.__closure__)
+    inside.__kwdefaults__ = func.__kwdefaults__
+    return inside
+
+
+def _nobody(_: object) -> bool:
+    return False
