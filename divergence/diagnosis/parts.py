@@ -50,7 +50,8 @@ class Attention:
     Attributes:
         fused: number of `scaled_dot_product_attention`, or None.
         scores, softmax, context: numbers of query times key, of the softmax, of probabilities times value.
-        masks: numbers of the operators between scores and softmax that bring in a mask.
+        masks: numbers of the operators between scores and softmax that bring in a mask, or of the scores
+            themselves where the mask is what their product is added to (`baddbmm`).
         channels: length of a query.
     """
 
@@ -107,6 +108,8 @@ def attentions(trace: Trace) -> list[Attention]:
             for o in reversed(above)
             if o.index > scores.index and o.depends and len(o.shape) >= 3 and brings_mask(o)
         )
+        if not masks and _added_to(scores):
+            masks = (scores.index,)
         found.append(Attention(None, scores.index, softmax.index, context.index, masks, context.shape[-1]))
     return found
 
@@ -120,6 +123,11 @@ def brings_mask(operator: Operator) -> bool:
         and len(operator.dependent) == 2
         and not all(operator.dependent)
     )
+
+
+def _added_to(scores: Operator) -> bool:
+    """Whether a product of query and key is added to a tensor that is no activation."""
+    return len(scores.dependent) == 3 and not scores.dependent[0] and any(scores.dependent[1:])
 
 
 def activations(trace: Trace) -> list[Operator]:

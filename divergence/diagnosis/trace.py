@@ -80,6 +80,9 @@ STRUCTURAL = frozenset(
 )
 """Operators that only move, copy, cast or negate."""
 
+PIECES = frozenset({"split", "chunk", "tensor_split"})
+"""Operators that take a fused parameter apart: what they return goes by its name."""
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -89,7 +92,7 @@ class Operator:
         index: its number in the run.
         name: what it computes: `mul` for `*`, `torch.mul` and `Tensor.mul` alike.
         inputs: numbers of the operators that made its tensor arguments, None for those from elsewhere.
-        parameters: names of the layer's parameters among its arguments.
+        parameters: names of the layer's parameters among its arguments, pieces of them included.
         scalars: numbers among its arguments, tensors of one element included.
         shape, dtype: of its result (of the first tensor of several).
         depends: whether it depends on the layer's hidden input.
@@ -125,6 +128,7 @@ class Trace:
     sites: dict[str, int] = field(default_factory=dict)
     _made: dict[int, tuple[weakref.ref[Tensor], int, bool]] = field(default_factory=dict)
     _parameters: dict[int, str] = field(default_factory=dict)
+    _pieces: dict[int, tuple[weakref.ref[Tensor], str]] = field(default_factory=dict)
     # By address: probes look at views that no call in the trace made.
     _stored: dict[int, int] = field(default_factory=dict)
 
@@ -166,7 +170,7 @@ class Trace:
             index,
             name,
             tuple(None if o is None or o[0] < 0 else o[0] for o in origins),
-            tuple(self._parameters[id(t)] for t in arguments if id(t) in self._parameters),
+            tuple(known for known in map(self._parameter, arguments) if known is not None),
             tuple(scalars),
             tuple(outputs[0].shape),
             outputs[0].dtype,
@@ -179,6 +183,9 @@ class Trace:
             self.results[index] = result
         if _in_place(func):
             self._forget(outputs[0])
+        fused = self._parameter(arguments[0]) if name in PIECES else None
+        if fused is not None:
+            self._pieces |= {id(tensor): (weakref.ref(tensor), fused) for tensor in outputs}
         for tensor in outputs:
             self._made[id(tensor)] = (weakref.ref(tensor), index, depends)
             if depends:
@@ -263,6 +270,13 @@ class Trace:
         made = self.sites.get(site)
         members = self.operators if made is None else self.ancestors(made)
         return {name for index in members for name in self.operators[index].parameters}
+
+    def _parameter(self, tensor: Tensor) -> str | None:
+        """Name of the parameter that a tensor is, or is a piece of."""
+        piece = self._pieces.get(id(tensor))
+        if piece is not None and piece[0]() is tensor:
+            return piece[1]
+        return self._parameters.get(id(tensor))
 
     def _of(self, tensor: Tensor) -> tuple[int, bool] | None:
         found = self._made.get(id(tensor))

@@ -10,6 +10,7 @@ import torch
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault
+from divergence.diagnosis.trace import PIECES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from divergence.diagnosis.trace import Call
 
 _PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
+_SHOWN = (("key", "value"), ("cross_key", "cross_value"))
 
 
 @dataclass(frozen=True)
@@ -130,15 +132,18 @@ def projection(case: Case, tensor: str) -> Part | None:
         for name in operator.parameters:
             if named[name].dim() == 2 and operator.name in _PRODUCTS:
                 found = _all_parts(case, name)
+                role = tensor.removeprefix("cross_")
                 return next(
-                    (part for part in found if part.role == tensor), found[0] if len(found) == 1 else None
+                    (part for part in found if part.role == role), found[0] if len(found) == 1 else None
                 )
     return None
 
 
 def bias_of(case: Case, part: Part) -> Part | None:
     """The bias that belongs to a weight."""
-    name = f"{part.name.rpartition('.')[0]}.bias".lstrip(".")
+    path, _, leaf = part.name.rpartition(".")
+    own = leaf.replace("weight", "bias") if "weight" in leaf else "bias"  # in_proj_weight, in_proj_bias
+    name = f"{path}.{own}".lstrip(".")
     return replace(part, name=name, axis=0) if name in parameters(case) else None
 
 
@@ -159,19 +164,19 @@ def _named(case: Case, axes: int) -> list[str]:
 def _parts(case: Case, name: str) -> list[Part]:
     """A fused projection of query, key and value in those parts that the site depends on."""
     found = _all_parts(case, name)
-    if case.tensor in ("key", "value") and len(found) > 1:
-        return [part for part in found if part.role == case.tensor]
+    role = case.tensor.removeprefix("cross_")
+    if role in ("key", "value") and len(found) > 1:
+        return [part for part in found if part.role == role]
     return found
 
 
 def _all_parts(case: Case, name: str) -> list[Part]:
     """A fused projection of query, key and value in parts: what lies before the last two widths, of all
     rows or of those of a head, is the query."""
-    key, value = (case.clean.get(t) for t in ("key", "value"))
-    if key is None or value is None or key.dim() != 4 or value.dim() != 4:
+    names = next((pair for pair in _SHOWN if _makes(case, name, pair)), None)
+    if names is None:
         return [Part(name)]
-    if not all(name in case.trace.reaching(t) for t in ("key", "value") if t in case.trace.sites):
-        return [Part(name)]
+    key, value = (case.clean[t] for t in names)
     parameter = parameters(case)[name]
     axis = output_axis(case, name) if parameter.dim() == 2 else 0
     total = parameter.shape[axis]
@@ -180,7 +185,7 @@ def _all_parts(case: Case, name: str) -> list[Part]:
         or total <= key.shape[1] * key.shape[3] + value.shape[1] * value.shape[3]
     ):
         return [Part(name)]
-    groups = _groups(case, name, total, value.shape[1])
+    groups = _groups(case, name, total, names[1])
     width, heads = total // groups, value.shape[1] // groups
     stops = (width - (key.shape[3] + value.shape[3]) * heads, width - value.shape[3] * heads, width)
     starts = (0, *stops)
@@ -190,9 +195,16 @@ def _all_parts(case: Case, name: str) -> list[Part]:
     ]
 
 
-def _groups(case: Case, name: str, total: int, heads: int) -> int:
+def _makes(case: Case, name: str, names: tuple[str, str]) -> bool:
+    """Whether the keys and values of these names show their heads and both depend on a parameter."""
+    shown = all(t in case.clean and case.clean[t].dim() == 4 for t in names)
+    return shown and all(name in case.trace.reaching(t) for t in names if t in case.trace.sites)
+
+
+def _groups(case: Case, name: str, total: int, tensor: str) -> int:
     """Whether the rows of each head lie together: the number of heads then, else 1. It is seen from where
-    the value of a token comes from when the projection gives the numbers of its rows."""
+    the value (`tensor`) of a token comes from when the projection gives the numbers of its rows."""
+    heads = case.clean[tensor].shape[1]
     known = f"groups {name}"
     if known not in case.memory:
         users = [
@@ -204,9 +216,9 @@ def _groups(case: Case, name: str, total: int, heads: int) -> int:
             return torch.arange(total, device=made.device).to(made.dtype).expand(made.shape).contiguous()
 
         try:
-            value = case.unit.run([Fault(operators=lambda: dict.fromkeys(users, numbered))])["value"]
+            value = case.unit.run([Fault(operators=lambda: dict.fromkeys(users, numbered))])[tensor]
         except Exception:  # a model's code may not bear such numbers
-            value = case.clean["value"]
+            value = case.clean[tensor]
         together = False
         if heads > 1 and total % heads == 0:
             rows = torch.arange(total, device=value.device).to(value.dtype).view(heads, -1)
@@ -219,7 +231,7 @@ def _groups(case: Case, name: str, total: int, heads: int) -> int:
 def _is_projection(case: Case, name: str) -> bool:
     users = [o for o in case.trace.operators.values() if name in o.parameters]
     return bool(users) and all(
-        o.name in (*_PRODUCTS, "getitem", "to", "float", "T", "t", "transpose") for o in users
+        o.name in (*_PRODUCTS, "getitem", "to", "float", "T", "t", "transpose", *PIECES) for o in users
     )
 
 

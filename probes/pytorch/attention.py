@@ -82,9 +82,7 @@ class AttentionWatch(TorchFunctionMode):
                 self._softmax(result)
         return result
 
-    def _within(
-        self, inside: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _within(self, inside: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         query = args[0]  # [token, batch, channel] whatever the layout of the module, or [token, channel]
         outer, self._batch = self._batch, query.shape[1] if query.dim() == 3 else 1
         try:
