@@ -91,8 +91,11 @@ def matrices(case: Case) -> list[Part]:
 
 
 def scopes(case: Case) -> list[tuple[str, list[Part]]]:
-    """Weights that one fault may have changed, with a name: each alone, then all matrices of the unit."""
-    each = [(f"'{part}'", [part]) for part in matrices(case)]
+    """Weights that one fault may have changed, with a name: each alone, parts of a fused one and then all of
+    it, then all matrices of the unit."""
+    parts = matrices(case)
+    fused = [Part(name) for name in dict.fromkeys(part.name for part in parts if part.role)]
+    each = [(f"'{part}'", [part]) for part in (*parts, *fused)]
     named = parameters(case)
     every = [part for part in whole(case) if named[part.name].dim() >= 2]
     return [*each, ("every weight", every)] if len(every) > 1 else each
