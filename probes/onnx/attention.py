@@ -195,6 +195,12 @@ def _walk(
         return _folded(graph, *same[-1], before, remarks)
     canonical = [found for found in same if found[1] == HEAD_AXES]
     split = [found for found in same if set(found[1]) == set(HEAD_AXES)]
+    merged = [found for found in same if found[1][:1] == (_BATCH_HEAD,)]
+    heads = _split_into(graph, *same[-1]) if merged and not split else 0
+    if heads:
+        value, axes = merged[-1]
+        axes = ("batch", "head", *axes[1:])
+        return Operand(value, axes, ", ".join(dict.fromkeys(remarks)), heads=heads, before=before)
     value, axes = (canonical or split or same[:1])[-1]
     if set(axes) != set(HEAD_AXES):
         axes = ()
@@ -212,6 +218,21 @@ def _folded(graph: Graph, value: str, axes: tuple[str, ...], before: Operand, re
             break
     axes = ("batch", "head", *axes[1:]) if heads else ()
     return Operand(value, axes, ", ".join(dict.fromkeys(remarks)), heads=heads or None, before=before)
+
+
+def _split_into(graph: Graph, value: str, axes: tuple[str, ...]) -> int:
+    """How many heads a Reshape splits the channels into, where these go to the batch at once without an axis
+    of their own, as in PyTorch's multi_head_attention_forward; else 0."""
+    made = graph.producer(value)
+    if made is None or graph.nodes[made].op_type != "Reshape" or axes[-1:] != ("channel",):
+        return 0
+    whole, one = (graph.shape(name) for name in (graph.nodes[made].input[0], value))
+    if not whole or not one or len(whole) != len(one):
+        return 0
+    width, channels = whole[-1], one[-1]
+    if not isinstance(width, int) or not isinstance(channels, int) or channels < 1:
+        return 0
+    return width // channels if width % channels == 0 else 0
 
 
 _SCALING = "before scaling"
