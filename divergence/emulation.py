@@ -149,10 +149,10 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        inside = opened(func, types)
+        inside = opened(func, types, args, kwargs)
         if inside is not None:
             with self:
-                return inside(*args, **kwargs)
+                return inside()
         if self._precision == "fp64" and func in _SOFTMAX and kwargs.get("dtype") is torch.float32:
             # A mask of finfo(float64).min would become -inf in fp32, and fully masked rows NaN.
             kwargs["dtype"] = torch.float64

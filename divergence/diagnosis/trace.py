@@ -331,10 +331,10 @@ class Interceptor(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        inside = opened(func, types)
+        inside = opened(func, types, args, kwargs)
         if inside is not None:
             with self:
-                return inside(*args, **(kwargs or {}))
+                return inside()
         index = self._count
         self._count += 1
         call = Call(func, args, dict(kwargs or {}))

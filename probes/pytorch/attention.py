@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from divergence.probes.pytorch.opened import opened
+from divergence.probes.pytorch.opened import batch_within, opened
 
 _MATMULS = frozenset(
     {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum, torch.baddbmm}
@@ -58,7 +58,6 @@ class AttentionWatch(TorchFunctionMode):
         # Products of the current module call that may turn out to be scores, newest last.
         self._scores: list[tuple[torch.Size, Tensor, Tensor]] = []
         self._pending: tuple[torch.Size, Tensor, Tensor] | None = None
-        self._batch = 0
 
     def forget(self) -> None:
         """Drops what was seen so far (a layer begins or ends)."""
@@ -68,9 +67,10 @@ class AttentionWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        inside = opened(func, types)
+        inside = opened(func, types, args, kwargs)
         if inside is not None:
-            return self._within(inside, args, kwargs or {})
+            with self:
+                return inside()
         result = func(*args, **kwargs) if kwargs else func(*args)
         if func in _WATCHED:  # few are, and every call of the model passes here
             kwargs = kwargs or {}
@@ -82,19 +82,10 @@ class AttentionWatch(TorchFunctionMode):
                 self._softmax(result)
         return result
 
-    def _within(self, inside: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        query = args[0]  # [token, batch, channel] whatever the layout of the module, or [token, channel]
-        outer, self._batch = self._batch, query.shape[1] if query.dim() == 3 else 1
-        try:
-            with self:
-                return inside(*args, **kwargs)
-        finally:
-            self._batch = outer
-
     def _sdpa(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         named = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         how = "what reaches scaled_dot_product_attention"
-        self._seen(Product(named["query"], named["key"], named["value"], how, self._batch))
+        self._seen(Product(named["query"], named["key"], named["value"], how, batch_within()))
 
     def _matmul(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> None:
         operands = _operands(func, args, kwargs)
@@ -104,7 +95,7 @@ class AttentionWatch(TorchFunctionMode):
         if self._pending is not None and _same_scores(left.shape, self._pending[0]):
             _, query, key = self._pending
             self._pending = None
-            self._seen(Product(query, key, right, "what reaches the attention product", self._batch))
+            self._seen(Product(query, key, right, "what reaches the attention product", batch_within()))
             return
         self._scores.append((result.shape, left, right.transpose(-1, -2)))
         del self._scores[:-4]
