@@ -220,9 +220,16 @@ class Trace:
     def _plain(self, index: int) -> bool:
         """Whether an operator is no product of attention."""
         operator = self.operators[index]
-        return operator.name in ACTIVATING or (
-            operator.name not in ("softmax", "scaled_dot_product_attention") and not all(operator.dependent)
-        )
+        if operator.name in ACTIVATING or operator.name in ("softmax", "scaled_dot_product_attention"):
+            return operator.name in ACTIVATING
+        # A mask may be added to the product, and keys of an encoder do not depend on the hidden input.
+        sides = zip(operator.inputs, operator.dependent, strict=True)
+        return sum(depends or self._projected(made) for made, depends in sides) < 2
+
+    def _projected(self, index: int | None) -> bool:
+        """Whether a tensor from the operator of this number went through a product."""
+        above = set() if index is None else self.ancestors(index)
+        return any(self.operators[i].name in ("linear", "addmm", "matmul") for i in above)
 
     def _forget(self, tensor: Tensor) -> None:
         """Drops results that share memory with a tensor that was written into."""
