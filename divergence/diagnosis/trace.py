@@ -188,8 +188,7 @@ class Trace:
             self._pieces |= {id(tensor): (weakref.ref(tensor), fused) for tensor in outputs}
         for tensor in outputs:
             self._made[id(tensor)] = (weakref.ref(tensor), index, depends)
-            if depends:
-                self._stored[_address(tensor)] = index
+            self._stored[_address(tensor)] = index
 
     def unchanged(self, fault: Fault, *, products: bool) -> dict[int, Tensor]:
         """Results of costly operators that `fault` cannot change, by number.

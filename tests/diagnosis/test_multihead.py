@@ -46,10 +46,10 @@ def changed(model: Heads, fault: Callable[[Any], None]) -> Heads:
     return wrong
 
 
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_a_port_by_hand_passes(batch_first: bool, weights: bool) -> None:
-    reference = Heads(batch_first=batch_first, weights=weights)
+def test_a_port_by_hand_passes(batch_first: bool, explicit: bool) -> None:
+    reference = Heads(batch_first=batch_first, weights=explicit)
     inputs = given(padded=True, tokens=12)
     result = compare(reference, Ported(reference), inputs)
     # With the token first inside the reference, its hidden states lie otherwise than the port's.
@@ -58,7 +58,7 @@ def test_a_port_by_hand_passes(batch_first: bool, weights: bool) -> None:
         assert result.verdict == "pass", result.reason
 
 
-@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize(
     ("fault", "cause"),
     [
@@ -67,30 +67,31 @@ def test_a_port_by_hand_passes(batch_first: bool, weights: bool) -> None:
         ({"softmax": torch.bfloat16}, "softmax_precision"),
     ],
 )
-def test_faults_of_scores_are_named(fault: dict[str, Any], cause: str, weights: bool) -> None:
-    reference = Heads(weights=weights)
+def test_faults_of_scores_are_named(fault: dict[str, Any], cause: str, explicit: bool) -> None:
+    reference = Heads(weights=explicit)
     result = diagnosed(reference, Ported(reference, **fault), given(tokens=24))
     assert (result.causes[0].id, result.causes[0].site) == (cause, "layers.1.hidden")
     assert result.causes[0].explained is not None and result.causes[0].explained > 0.9
 
 
-@pytest.mark.parametrize("weights", [True, False])
-def test_padding_that_is_seen_is_named(weights: bool) -> None:
+@pytest.mark.parametrize("explicit", [True, False])
+def test_padding_that_is_seen_is_named(explicit: bool) -> None:
     class Blind(Heads):
         def forward(self, x: Tensor, padding: Tensor | None = None, memory: Tensor | None = None) -> Tensor:
             padding = None if padding is None else torch.zeros_like(padding)
             return super().forward(x, padding, memory)
 
-    reference = Heads(weights=weights)
+    reference = Heads(weights=explicit)
     inputs = given(padded=True, tokens=12)
     # Left padding: with a causal mask nothing else can see it.
     inputs["padding"] = inputs["padding"].flip(1)
     inputs["padding"][0, 0] = False
-    result = diagnosed(reference, Blind(weights=weights), inputs)
+    result = diagnosed(reference, Blind(weights=explicit), inputs)
     assert result.causes[0].id in ("mask_leak", "mask_missing")
     assert result.causes[0].explained is not None and result.causes[0].explained > 0.9
 
 
+@pytest.mark.parametrize("explicit", [True, False])
 @pytest.mark.parametrize(
     ("change", "site", "cause"),
     [
@@ -99,15 +100,18 @@ def test_padding_that_is_seen_is_named(weights: bool) -> None:
         (lambda rows: torch.cat((rows[: 2 * WIDTH], rows[2 * WIDTH :] * 1.2)), "value", "weight_scale"),
     ],
 )
-def test_faults_of_the_packed_projection_are_named(change: Change, site: str, cause: str) -> None:
-    reference = Heads()
-    result = diagnosed(reference, changed(reference, packed(change)), given(tokens=24))
+def test_faults_of_the_packed_projection_are_named(
+    change: Change, site: str, cause: str, explicit: bool
+) -> None:
+    reference = Heads(weights=explicit)
+    result = diagnosed(reference, changed(reference, packed(change)), given(padded=True, tokens=24))
     assert (result.causes[0].id, result.causes[0].site) == (cause, f"layers.1.{site}")
     assert result.causes[0].explained is not None and result.causes[0].explained > 0.9
 
 
-def test_the_packed_projection_of_cross_attention_is_taken_apart() -> None:
-    reference, inputs = Heads(), given(memory=WIDTH, tokens=12)
+@pytest.mark.parametrize("explicit", [True, False])
+def test_the_packed_projection_of_cross_attention_is_taken_apart(explicit: bool) -> None:
+    reference, inputs = Heads(weights=explicit), given(memory=WIDTH, tokens=12)
     wrong = changed(reference, lambda model: model.layers[1].cross_attn.in_proj_weight[WIDTH:].mul_(1.2))
     case = case_of(reference, wrong, inputs)
     assert case.tensor == "cross_key"
