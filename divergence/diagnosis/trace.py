@@ -183,6 +183,7 @@ class Trace:
             self.results[index] = result
         if _in_place(func):
             self._forget(outputs[0])
+            self._write(outputs[0], index, depends)
         fused = self._parameter(arguments[0]) if name in PIECES else None
         if fused is not None:
             self._pieces |= {id(tensor): (weakref.ref(tensor), fused) for tensor in outputs}
@@ -229,6 +230,15 @@ class Trace:
         """Whether a tensor from the operator of this number went through a product."""
         above = set() if index is None else self.ancestors(index)
         return any(self.operators[i].name in ("linear", "addmm", "matmul") for i in above)
+
+    def _write(self, tensor: Tensor, index: int, depends: bool) -> None:  # noqa: FBT001 - as it is kept
+        """Has what a tensor that was written into is a part of come from there (keys that are put together by
+        writing into an empty tensor)."""
+        written = _address(tensor)
+        for known, (ref, made, before) in list(self._made.items()):
+            whole = ref()
+            if whole is not None and made >= 0 and _address(whole) == written:
+                self._made[known] = (ref, index, before or depends)
 
     def _forget(self, tensor: Tensor) -> None:
         """Drops results that share memory with a tensor that was written into."""
