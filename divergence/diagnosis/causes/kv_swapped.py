@@ -1,9 +1,10 @@
-"""Key and value are exchanged: their weights, or only the outputs."""
+"""Key and value, of cross-attention too, are exchanged: their weights, or only the outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
@@ -16,26 +17,38 @@ if TYPE_CHECKING:
 
 ID = "kv_swapped"
 
+Pair = tuple[str, str]
+
+_PAIRS: tuple[Pair, ...] = (("key", "value"), ("cross_key", "cross_value"))
+_SHOWN = frozenset(name for pair in _PAIRS for name in pair)
+
 
 def trials(case: Case) -> Iterator[Trial]:
-    """The two outputs exchanged; the two projections exchanged."""
-    if not {"key", "value"} <= set(case.clean):
-        return
-    if case.clean["key"].shape == case.clean["value"].shape:
+    """The two outputs exchanged; the two projections exchanged; of the attention that the site belongs to, of
+    any where it is behind them."""
+    for pair in _PAIRS:
+        if set(pair) <= set(case.clean) and (case.tensor in pair or case.tensor not in _SHOWN):
+            yield from _of_pair(case, pair)
+
+
+def _of_pair(case: Case, pair: Pair) -> Iterator[Trial]:
+    first, second = pair
+    cross = "cross " if pair != _PAIRS[0] else ""
+    if case.clean[first].shape == case.clean[second].shape:
         yield Trial(
-            key="outputs",
-            title="the outputs for key and value are exchanged",
-            fault=Fault(outputs=exchanged),
+            key=f"{cross}outputs",
+            title=f"the outputs for {first} and {second} are exchanged",
+            fault=Fault(outputs=partial(exchanged, pair=pair)),
             parameters={"exchanged": "outputs"},
-            fix="return (key, value) in the reference's order from the export wrapper, and bind outputs by "
-            "name",
+            fix=f"return ({first}, {second}) in the reference's order from the export wrapper, and bind "
+            "outputs by name",
         )
-    key, value = (weights.projection(case, t) for t in ("key", "value"))
+    key, value = (weights.projection(case, t) for t in pair)
     named = weights.parameters(case)
     if key is None or value is None or key.of(named[key.name]).shape != value.of(named[value.name]).shape:
         return
     yield Trial(
-        key="weights",
+        key=f"{cross}weights",
         title=f"the weights '{key}' and '{value}' are exchanged",
         fault=exchanged_weights(key, value, named),
         parameters={"exchanged": [str(key), str(value)]},
@@ -43,9 +56,9 @@ def trials(case: Case) -> Iterator[Trial]:
     )
 
 
-def exchanged(tensors: Tensors) -> Tensors:
+def exchanged(tensors: Tensors, pair: Pair = _PAIRS[0]) -> Tensors:
     """Key as value and value as key."""
-    return {**tensors, "key": tensors["value"], "value": tensors["key"]}
+    return {**tensors, pair[0]: tensors[pair[1]], pair[1]: tensors[pair[0]]}
 
 
 def exchanged_weights(key: weights.Part, value: weights.Part, named: Mapping[str, Tensor]) -> Fault:

@@ -39,7 +39,7 @@ def trials(case: Case) -> Iterator[Trial]:
 
 def _shown(case: Case) -> Iterator[Trial]:
     """Orders of heads, and of channels, that match the candidate's tensor to the reference's."""
-    if case.tensor not in ("key", "value"):
+    if case.tensor not in ("key", "value", "cross_key", "cross_value"):
         return
     part = weights.projection(case, case.tensor)
     if part is None:
