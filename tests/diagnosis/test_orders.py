@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from divergence.result import Cause
-from tests.diagnosis.faults import Plant, diagnosed, planted
+from tests.diagnosis.faults import Plant, diagnosed, layer, planted
+from tests.diagnosis.test_fused import neox, phi3, spread
 from tests.models import MODELS, inputs_for
 
 
@@ -45,3 +48,34 @@ def test_the_order_of_heads_of_cross_attention_is_found(name: str, tensor: str, 
     found = named(MODELS["t5"](), fault, "t5")
     assert (found.id, found.site) == ("weight_permuted", f"decoder.layers.1.{tensor}")
     assert (found.parameters["unit"], found.parameters["order"]) == ("heads", order)
+
+
+FUSED: dict[str, tuple[Callable[[], Any], str, int, dict[str, int]]] = {
+    "gpt2": (MODELS["gpt2"], "attn.c_attn", 1, {"query": 32, "key": 32, "value": 32}),
+    "phi3": (phi3, "self_attn.qkv_proj", 1, {"query": 64, "key": 32, "value": 32}),
+    "neox": (neox, "attention.query_key_value", 4, {"query": 16, "key": 16, "value": 16}),
+}
+"""A model, its fused projection, how many times its rows begin anew, and the widths of its parts then."""
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize("order", [["key", "query", "value"], ["value", "query", "key"]])
+def test_the_order_of_query_key_and_value_in_a_fused_projection_is_found(kind: str, order: list[str]) -> None:
+    make, path, groups, widths = FUSED[kind]
+
+    def fault(model: Any) -> None:
+        inner = getattr(model, "gpt_neox", model)
+        one = inner.layers[1] if kind == "neox" else layer(model, 1)
+        for parameter in one.get_submodule(path).parameters():
+            rows = parameter if kind != "gpt2" else parameter.mT if parameter.dim() > 1 else parameter
+            parts = rows.unflatten(0, (groups, -1)).split(list(widths.values()), 1)
+            wrong = torch.cat([parts[[*widths].index(name)] for name in order], 1).flatten(0, 1)
+            rows.copy_(wrong.clone())
+
+    reference = spread(make()) if kind == "gpt2" else make()
+    ids = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(2))
+    (found,) = diagnosed(reference, planted(reference, fault), {"input_ids": ids}).causes
+    assert (found.id, found.site) == ("weight_permuted", "layers.1.key")
+    assert found.explained is not None and found.explained > 0.999
+    assert found.parameters["order"] == order
+    assert f"the order {', '.join(order)}" in found.title

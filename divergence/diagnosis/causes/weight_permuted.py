@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -19,6 +19,12 @@ ID = "weight_permuted"
 
 _FIX = (
     "map the rows of '{name}' as the reference lays them out: check how the converter splits and joins heads"
+)
+_ORDERS = (  # of query, key and value; with key and value exchanged alone they are `kv_swapped`
+    ("key", "query", "value"),
+    ("value", "query", "key"),
+    ("key", "value", "query"),
+    ("value", "key", "query"),
 )
 _FEW_HEADS = 8  # all pairs of heads are tried up to this many
 
@@ -158,30 +164,74 @@ def _query(case: Case, key: weights.Part, size: int) -> weights.Part | None:
 
 
 def _fused(case: Case) -> Iterator[Trial]:
-    """A fused projection laid out by head where it should be by query, key and value, or the other way
-    round."""
+    """A fused projection whose query, key and value lie in another order, or that is laid out by head where
+    it should be by query, key and value, or the other way round."""
     key = weights.projection(case, "key")
     if key is None or not key.role or case.tensor not in ("key", "value"):
         return
+    yield from _ordered_parts(case, key)
     _, heads, _, size = case.clean["value"].shape
     total = weights.parameters(case)[key.name].shape[key.axis]
     if total != 3 * heads * size or heads == 1:
         return
+    for words, shape in (("by head", (3, heads, size)), ("by query, key and value", (heads, 3, size))):
+        yield _whole(
+            case,
+            key,
+            torch.arange(total).view(shape).transpose(0, 1).flatten(),
+            f"laid out {words}",
+            f"are laid out {words}, unlike the reference's",
+            "for each head, or whole",
+        )
+
+
+def _ordered_parts(case: Case, key: weights.Part) -> Iterator[Trial]:
+    """Query, key and value, of every head where they lie side by side, in every other order that the site
+    can show."""
+    rows = torch.arange(weights.parameters(case)[key.name].shape[key.axis]).view(key.groups, -1)
+    assert key.stop is not None
+    stops = {"query": (0, key.start), "key": (key.start, key.stop), "value": (key.stop, rows.shape[1])}
+    first, last = stops[case.tensor]
+    for order in _ORDERS:
+        parts_of = [rows[:, slice(*stops[role])] for role in order]
+        moved = torch.cat(parts_of, 1)
+        if torch.equal(moved[:, first:last], rows[:, first:last]):
+            continue
+        words = ", ".join(order)
+        yield _whole(
+            case,
+            key,
+            moved.flatten(),
+            f"in the order {words}",
+            f"lie in the order {words}, and the reference's in the order query, key, value",
+            "in the same order",
+            {"order": list(order)},
+        )
+
+
+def _whole(
+    case: Case,
+    key: weights.Part,
+    order: Tensor,
+    change: str,
+    words: str,
+    how: str,
+    parameters: Mapping[str, object] | None = None,
+) -> Trial:
+    """All rows of a fused projection, and of its bias, in another order."""
     whole = weights.Part(key.name)
     bias = weights.bias_of(case, whole)
-    for words, shape in (("by head", (3, heads, size)), ("by query, key and value", (heads, 3, size))):
-        order = torch.arange(total).view(shape).transpose(0, 1).flatten()
 
-        def change(weight: Tensor, order: Tensor = order) -> Tensor:
-            return weight.index_select(key.axis if weight.dim() > 1 else 0, order.to(weight.device))
+    def reorder(weight: Tensor) -> Tensor:
+        return weight.index_select(key.axis if weight.dim() > 1 else 0, order.to(weight.device))
 
-        yield Trial(
-            key=f"{whole} laid out {words}",
-            title=f"the rows of '{whole}' are laid out {words}, unlike the reference's",
-            fault=weights.fault([whole] if bias is None else [whole, bias], change),
-            parameters={"parameter": str(whole), "change": f"laid out {words}"},
-            fix=f"split '{whole}' into query, key and value as the reference does: for each head, or whole",
-        )
+    return Trial(
+        key=f"{whole} {change}",
+        title=f"the rows of '{whole}' {words}",
+        fault=weights.fault([whole] if bias is None else [whole, bias], reorder),
+        parameters={"parameter": str(whole), "change": change, **(parameters or {})},
+        fix=f"split '{whole}' into query, key and value as the reference does: {how}",
+    )
 
 
 def _laid_out(case: Case, group: list[weights.Part], words: str, order: list[int]) -> Trial:
