@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from divergence.result import Cause
 from tests.diagnosis.faults import Plant, diagnosed, layer, planted
 from tests.diagnosis.test_fused import neox, phi3, spread
 from tests.models import MODELS, inputs_for
+
+LAYERS, WIDTH = 12, 16
 
 
 def named(reference: Any, fault: Plant, kind: str) -> Cause:
@@ -79,3 +82,56 @@ def test_the_order_of_query_key_and_value_in_a_fused_projection_is_found(kind: s
     assert found.explained is not None and found.explained > 0.999
     assert found.parameters["order"] == order
     assert f"the order {', '.join(order)}" in found.title
+
+
+class Stacked(nn.Module):
+    """A model that hands out keys and values of all layers, `[batch, layer, head, token, channel]`, those in
+    `names` with the layers in the order of `key`."""
+
+    def __init__(self, model: Any, key: Callable[[int], Any], names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.key, self.names = key, names
+        for ours, theirs in zip(self.parameters(), model, strict=True):
+            ours.data = theirs.clone()
+
+    def forward(self, states: Tensor) -> dict[str, Tensor]:
+        made: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        for block in self.blocks:
+            states, key, value = block(states)
+            made["keys"].append(key)
+            made["values"].append(value)
+        for name in self.names:
+            made[name] = [made[name][i] for i in sorted(range(LAYERS), key=self.key)]
+        return {"states": states, **{name: torch.stack(parts, 1) for name, parts in made.items()}}
+
+
+class Block(nn.Module):
+    """Attention of two heads, which returns keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = self.qkv(self.norm(states)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.unbind(0)
+        context = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return states + self.out(context.transpose(1, 2).flatten(2)), key, value
+
+
+@pytest.mark.parametrize("names", [("keys", "values"), ("values",)])
+def test_keys_and_values_that_are_handed_out_for_another_layer_are_named(names: tuple[str, ...]) -> None:
+    torch.manual_seed(3)
+    weights = [torch.randn(p.shape) * 0.3 for _ in range(LAYERS) for p in Block().parameters()]
+    inputs = {"states": torch.randn(2, 9, WIDTH)}
+    (found,) = diagnosed(Stacked(weights, int, names), Stacked(weights, str, names), inputs).causes
+    tensor = names[0][:-1]
+    assert (found.id, found.site) == ("layer_order", f"layers.2.{tensor}")
+    assert found.explained is not None and found.explained > 0.999
+    assert found.title.startswith(f"the {' and '.join(names)} that are handed out as layer 2's are those of")
+    assert (found.parameters["layer"], found.parameters["holds"]) == (2, 10)
+    assert found.parameters["sites"][:8] == [f"layers.{i}.{tensor}" for i in range(2, 10)]
+    assert any("layers.2.hidden passes" in sentence for sentence in found.evidence)

@@ -1,4 +1,4 @@
-"""A layer that holds the weights of another."""
+"""A layer that holds the weights of another, or whose keys and values are handed out as those of another."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Change, Fault, LayerUnit
+from divergence.diagnosis.emulate import Change, Fault, LayerUnit, Tensors
 from divergence.diagnosis.hypotheses import Trial
 from divergence.probes.pytorch.placement import named_weights
+from divergence.sites import Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ID = "layer_order"
 
+_PAIRS = (("key", "value"), ("cross_key", "cross_value"))
+_SAME = 0.1  # relative difference below which two tensors are the same but for rounding
+
 
 def trials(case: Case) -> Iterator[Trial]:
-    """The weights of every other layer of the stack, nearest first."""
+    """Keys and values of another layer in the place of this one's; then the weights of every other layer of
+    the stack, nearest first."""
+    yield from _handed_out(case)
     # Another layer's weights show in the first tensor that a layer makes.
     if not isinstance(case.unit, LayerUnit) or (case.tensor == "hidden" and "key" in case.error):
         return
@@ -36,6 +42,60 @@ def trials(case: Case) -> Iterator[Trial]:
             "converter (sort "
             "by number, not by name: 'layers.10' sorts before 'layers.2')",
         )
+
+
+def _handed_out(case: Case) -> Iterator[Trial]:
+    """What the candidate shows is what another layer of this run has made, and attention read the right."""
+    pair = next((pair for pair in _PAIRS if case.tensor in pair), ())
+    if not isinstance(case.unit, LayerUnit) or "hidden" in case.failing or case.applied:
+        return
+    names = [name for name in pair if name in case.failing and name in case.error]
+    found = {name: _layer_of(case, name) for name in names}
+    other = found.get(case.tensor)
+    if other is None:
+        return
+    made = {name: _of_layer(case, name, other) for name in names if found[name] == other}
+    tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
+    own, words = case.unit.call.layer, " and ".join(f"{name}s" for name in tensors)
+
+    def shown(seen: Tensors) -> Tensors:
+        return {n: tensors[n].to(t) if n in tensors else t for n, t in seen.items()}
+
+    def passes(case: Case, _: float) -> list[str]:
+        if "hidden" not in case.error:
+            return []
+        return [f"{case.site_of('hidden')} passes, so attention in this layer read the right ones"]
+
+    yield Trial(
+        key="handed out",
+        title=f"the {words} that are handed out as layer {own}'s are those of layer {other}",
+        fault=Fault(outputs=shown),
+        parameters={"layer": own, "holds": other, "exchanged": "outputs"},
+        evidence=passes,
+        fix="stack, name and bind the outputs by the number of the layer: sort by number, not by name "
+        "('10' sorts before '2')",
+    )
+
+
+def _layer_of(case: Case, name: str) -> int | None:
+    """The other layer of the reference whose tensor the candidate's is."""
+    assert isinstance(case.unit, LayerUnit)
+    seen = case.valid(name, case.candidate[name])
+    for layer in range(len(case.unit.stack)):
+        tensor = _of_layer(case, name, layer)
+        if layer != case.unit.call.layer and tensor is not None:
+            left = float((seen - case.valid(name, tensor)).norm())
+            if left < _SAME * float(seen.norm()):
+                return layer
+    return None
+
+
+def _of_layer(case: Case, name: str, layer: int) -> Tensor | None:
+    """The reference's tensor of that name at another layer, where its shape is that of this one."""
+    site = Site(layer, name, case.at.stack, case.at.call)
+    tensor = case.given.reference(site) if str(site) in case.given.results else None
+    clean = case.clean[name]
+    return None if tensor is None or tensor.shape != clean.shape else tensor.to(clean.device)
 
 
 def taken_from(module: nn.Module, other: nn.Module) -> dict[str, Change] | None:
