@@ -135,3 +135,25 @@ def test_keys_and_values_that_are_handed_out_for_another_layer_are_named(names: 
     assert (found.parameters["layer"], found.parameters["holds"]) == (2, 10)
     assert found.parameters["sites"][:8] == [f"layers.{i}.{tensor}" for i in range(2, 10)]
     assert any("layers.2.hidden passes" in sentence for sentence in found.evidence)
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(2, 8), (4, 8), (2, 6)])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_weights_of_heads_that_are_tiled_for_every_query_are_named(
+    heads: int, queries: int, implementation: str
+) -> None:
+    def make(count: int) -> Any:
+        sizes = {"hidden_size": 8 * queries, "num_attention_heads": queries, "num_key_value_heads": count}
+        return MODELS["llama"](**sizes, attn_implementation=implementation)
+
+    reference, candidate = make(heads), make(queries)
+    state = reference.state_dict()
+    for name, weight in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            tiled = weight.unflatten(0, (heads, -1)).repeat(queries // heads, 1, 1)
+            state[name] = tiled.flatten(0, 1)
+    candidate.load_state_dict(state)
+    found = diagnosed(reference, candidate, inputs_for("llama", tokens=24)).causes[0]
+    assert (found.id, found.site) == ("weight_permuted", "layers.0.key")
+    assert found.parameters["change"] == "tiled"
+    assert found.explained is not None and found.explained > 0.999

@@ -94,32 +94,53 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
 def _grouped(case: Case) -> Iterator[Trial]:
     """Groups of queries that read the keys and values of other groups."""
     key = case.clean.get("key")
-    if case.tensor != "hidden" or key is None or key.dim() != 4 or key.shape[1] == 1:
+    attentions = parts.attentions(case.trace)
+    if key is None or key.dim() != 4 or key.shape[1] == 1 or not attentions:
+        return
+    shown = _tiles_shown(case, case.trace.operators[attentions[0].scores].shape[1])
+    if case.tensor != "hidden" and case.tensor not in shown:
         return
     handlers: dict[int, Handler] = {}
-    for attention in parts.attentions(case.trace):
-        if attention.fused is not None:
-            handlers[attention.fused] = partial(_tiled, key.shape[1], ((1, "key"), (2, "value")))
-        else:
-            handlers |= dict.fromkeys(
-                (attention.scores, attention.context), partial(_tiled, key.shape[1], ((1, "other"),))
-            )
+    for attention in attentions:
+        handlers |= dict.fromkeys((attention.scores, attention.context), partial(_tiled, key.shape[1]))
     yield Trial(
         key="groups",
         title="queries read the keys and values of other groups: heads are tiled (0, 1, .., 0, 1, ..) where "
         "each has to be repeated (0, 0, .., 1, 1, ..)",
-        fault=Fault(operators=lambda: handlers),
+        fault=Fault(
+            operators=lambda: handlers,
+            outputs=lambda seen: {n: t[:, shown[n]] if n in shown else t for n, t in seen.items()},
+        ),
         parameters={"heads": key.shape[1], "change": "tiled"},
         fix="repeat every head of keys and values for its own group of queries (repeat_interleave, Expand "
         "before Reshape), not all heads one after another (repeat, Tile)",
     )
 
 
-def _tiled(heads: int, operands: tuple[tuple[int, str], ...], call: Call) -> object:
+def _tiles_shown(case: Case, queries: int) -> dict[str, list[int]]:
+    """Where the candidate shows a head of key and value for every query, one of each group's is compared: for
+    each of these the head of the reference that it is if they are tiled."""
+    found: dict[str, list[int]] = {}
+    for name in ("key", "value"):
+        if name not in case.failing or name not in case.error:
+            continue
+        clean, seen = case.valid_clean(name), case.valid(name, case.candidate[name])
+        heads = clean.shape[1]
+        repeats = queries // heads
+        options = [[(first + repeats * i) % heads for i in range(heads)] for first in range(repeats)]
+        left = {i: float((seen - clean[:, order]).norm()) for i, order in enumerate(options)}
+        best = min(left, key=lambda i: left[i], default=None)
+        if best is not None and left[best] < 0.5 * float(case.error[name].norm()):
+            found[name] = options[best]
+    return found
+
+
+def _tiled(heads: int, call: Call) -> object:
     """An attention product whose operands, each of so many heads repeated, have them tiled."""
-    for position, name in operands:
+    left, query = parts.query_of(call)
+    queries = call.argument(left, query).shape[1]
+    for position, name in ((1, "key"), (2, "value")) if query == "query" else ((left + 1, "other"),):
         operand = call.argument(position, name)
-        queries = call.argument(0, "query").shape[1] if name != "other" else operand.shape[1]
         if operand.dim() != 4 or queries == heads or queries % heads:
             return call.run()
         step = operand.shape[1] // heads
