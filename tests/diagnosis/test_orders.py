@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from divergence.diagnosis import orders
 from divergence.result import Cause
-from tests.diagnosis.faults import Plant, diagnosed, layer, planted
+from tests.diagnosis.faults import Plant, case_of, diagnosed, layer, planted
 from tests.diagnosis.test_fused import neox, phi3, spread
 from tests.models import MODELS, inputs_for
 
@@ -157,3 +159,96 @@ def test_weights_of_heads_that_are_tiled_for_every_query_are_named(
     assert (found.id, found.site) == ("weight_permuted", "layers.0.key")
     assert found.parameters["change"] == "tiled"
     assert found.explained is not None and found.explained > 0.999
+
+
+def lively(model: Any) -> Any:
+    """Weights at random, gains of norms around one."""
+    spread(model)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.normal_(1.0, 0.2, generator=torch.Generator().manual_seed(7))
+    return model
+
+
+def rows_of_heads(parameter: Tensor, axis: int, order: list[int]) -> Tensor:
+    """`parameter` with the heads that lie along `axis` in that order."""
+    whole = parameter.unflatten(axis, (len(order), -1)).movedim(axis, 0)[order]
+    made: Tensor = whole.movedim(0, axis).flatten(axis, axis + 1).clone()
+    return made
+
+
+EIGHT = {"hidden_size": 64, "num_attention_heads": 8}
+ATTENTIONS: dict[str, tuple[Callable[[], Any], str, str, str]] = {
+    "llama": (partial(MODELS["llama"], **EIGHT), "model.layers.1.self_attn.", "q_proj", "o_proj"),
+    "llama-eager": (partial(MODELS["llama-eager"], **EIGHT), "model.layers.1.self_attn.", "q_proj", "o_proj"),
+    "gpt2": (MODELS["gpt2"], "transformer.h.1.attn.", "c_attn", "c_proj"),
+    "bert": (MODELS["bert"], "encoder.layer.1.attention.", "self.query", "output.dense"),
+    "t5": (MODELS["t5"], "decoder.block.1.layer.1.EncDecAttention.", "q", "o"),
+}
+"""A model, and where an attention of it projects queries and joins heads; T5's is cross-attention."""
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+@pytest.mark.parametrize("side", ["queries", "joined"])
+def test_the_order_of_heads_that_only_the_hidden_states_show_is_found(kind: str, side: str) -> None:
+    make, path, query, output = ATTENTIONS[kind]
+    order = [4, 0, 5, 1, 6, 7, 2, 3] if "llama" in kind else [2, 0, 3, 1]
+
+    def fault(model: Any) -> None:
+        module = model.get_submodule(path + (query if side == "queries" else output))
+        for parameter in module.parameters() if side == "queries" else [module.weight]:
+            axis = 1 if (kind == "gpt2") == (side == "queries") and parameter.dim() > 1 else 0
+            heads = parameter[..., :32] if kind == "gpt2" and side == "queries" else parameter
+            heads.copy_(rows_of_heads(heads, axis, order))
+
+    reference = lively(make())
+    found = diagnosed(reference, planted(reference, fault), inputs_for(kind, 2, 24)).causes[0]
+    assert (found.id, found.site.rpartition(".")[2]) == ("weight_permuted", "hidden")
+    assert found.explained is not None and found.explained > 0.999
+    assert (found.parameters["unit"], found.parameters["order"]) == (
+        "heads" if side == "queries" else "input heads",
+        order,
+    )
+
+
+@pytest.mark.parametrize("kind", ATTENTIONS)
+def test_no_order_of_heads_is_found_where_they_are_in_order(kind: str) -> None:
+    make, path, query, output = ATTENTIONS[kind]
+
+    def fault(model: Any) -> None:
+        model.get_submodule(path + output).weight *= 1.3
+
+    reference = lively(make())
+    case = case_of(reference, planted(reference, fault), inputs_for(kind, 2, 24))
+    where = list(orders.joined(case))[-1]
+    assert where.query is not None
+    assert f"{path}{output}.weight".endswith(where.output.name)
+    assert f"{path}{query}.weight".endswith(where.query.name)
+    assert where.heads * where.size == 32 * (2 if "llama" in kind else 1)
+    before = case.memory.get("runs", 0)
+    assert orders.of_inputs(case, where) is None
+    assert orders.of_queries(case, where) is None
+    assert case.memory.get("runs", 0) <= before + 3
+
+
+def by_channel(attention: Any) -> None:
+    """Heads are joined channel by channel."""
+    size = attention.head_dim
+    weight = attention.o_proj.weight
+    weight.copy_(weight.unflatten(1, (size, -1)).transpose(1, 2).flatten(1, 2).clone())
+
+
+def backwards(mlp: Any) -> None:
+    mlp.up_proj.weight.copy_(mlp.up_proj.weight.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [("self_attn", by_channel, "joined by channel"), ("mlp", backwards, "output in reverse")],
+)
+def test_channels_in_another_order_are_named(name: str, change: Callable[[Any], None], said: str) -> None:
+    reference = MODELS["llama"]()
+    found = named(reference, lambda model: change(getattr(layer(model, 1), name)), "llama")
+    assert (found.id, found.site) == ("weight_permuted", "layers.1.hidden")
+    assert found.parameters["change"] == said

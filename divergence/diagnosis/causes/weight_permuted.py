@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import parts, rotary, weights
+from divergence.diagnosis import orders, parts, rotary, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
@@ -26,7 +25,6 @@ _ORDERS = (  # of query, key and value; with key and value exchanged alone they 
     ("key", "value", "query"),
     ("value", "key", "query"),
 )
-_FEW_HEADS = 8  # all pairs of heads are tried up to this many
 
 
 def trials(case: Case) -> Iterator[Trial]:
@@ -39,6 +37,7 @@ def trials(case: Case) -> Iterator[Trial]:
         weight = part.of(weights.parameters(case)[part.name])
         if weight.shape[0] == weight.shape[1]:
             yield _trial(part, "transposed", "is transposed", lambda w: w.T, {})
+    yield from _heads(case)
     for part in weights.matrices(case):
         yield from _usual(case, part)
 
@@ -84,7 +83,7 @@ def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: 
         )
     return Trial(
         key=f"{part} {unit}",
-        title=f"the {unit} of '{part}' stand in another order" + (f": {order}" if len(order) <= 16 else ""),
+        title=f"the {unit} of '{part}' stand in another order{_spelt(order)}",
         fault=fault,
         parameters={"parameter": str(part), "unit": unit, "order": order},
         fix=_FIX.format(name=part.name),
@@ -138,10 +137,13 @@ def _tiles_shown(case: Case, queries: int) -> dict[str, list[int]]:
 def _tiled(heads: int, call: Call) -> object:
     """An attention product whose operands, each of so many heads repeated, have them tiled."""
     left, query = parts.query_of(call)
-    queries = call.argument(left, query).shape[1]
+    given = call.argument(left, query)
     for position, name in ((1, "key"), (2, "value")) if query == "query" else ((left + 1, "other"),):
         operand = call.argument(position, name)
-        if operand.dim() != 4 or queries == heads or queries % heads:
+        if given is None or operand is None or operand.dim() != 4:
+            return call.run()
+        queries = given.shape[1]
+        if queries == heads or queries % heads:
             return call.run()
         step = operand.shape[1] // heads
         order = [(i % heads) * step for i in range(queries)]
@@ -156,7 +158,7 @@ def _within_heads(case: Case) -> Iterator[Trial]:
     key = weights.projection(case, "key") if size else None
     if key is None or case.tensor not in ("key", "hidden"):
         return
-    query = _query(case, key, size)
+    query = next((where.query for where in orders.joined(case)), None)
     groups: list[list[weights.Part | None]] = [[key, query], [key]] if case.tensor == "key" else [[query]]
     turned = rotary.find(case)
     widths = {size, size if turned is None else 2 * turned.unique.numel()}
@@ -165,23 +167,6 @@ def _within_heads(case: Case) -> Iterator[Trial]:
             for words, order in _layouts(width):
                 if group:
                     yield _laid_out(case, group, words, [*order, *range(width, size)])
-
-
-def _query(case: Case, key: weights.Part, size: int) -> weights.Part | None:
-    """The weight of the query, or the part of a fused one that lies before the key."""
-    if key.role:
-        return replace(key, role="query", start=0, stop=key.start)
-    for name, parameter in weights.parameters(case).items():
-        part = weights.Part(name)
-        axis = weights.output_axis(case, name)
-        if (
-            parameter.dim() == 2
-            and parameter.shape[axis] % size == 0
-            and name in case.trace.reaching("hidden")
-            and _holds_heads(case, part, "output")
-        ):
-            return part
-    return None
 
 
 def _fused(case: Case) -> Iterator[Trial]:
@@ -282,71 +267,57 @@ def _layouts(length: int) -> list[tuple[str, list[int]]]:
     ]
 
 
-def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
-    """Heads exchanged, shifted or turned round where the site cannot show it (queries, what joins heads);
-    outputs by halves and pairs."""
-    size = _head_size(case)
-    weight = part.of(weights.parameters(case)[part.name])
-    outputs = weights.output_axis(case, part.name)
-    for axis in (outputs, 1 - outputs):
-        side = "output" if axis == outputs else "input"
-        if (
-            case.tensor == "hidden"
-            and size
-            and weight.shape[axis] % size == 0
-            and _holds_heads(case, part, side)
-        ):
-            for words, order in _orders(weight.shape[axis] // size):
-                change = _reordered(axis, order, size)
-                yield _trial(
-                    part, f"{side} heads {words}", f"has its {side} heads {words}", change, {"order": order}
-                )
-    length = weight.shape[outputs]
-    for words, order in (
-        ("halves exchanged", [*range(length // 2, length), *range(length // 2)]),
-        *_layouts(length),
-    ):
-        if length % 2 == 0:
-            yield _trial(
-                part, f"output {words}", f"has its output {words}", _reordered(outputs, order, 1), {}
+def _heads(case: Case) -> Iterator[Trial]:
+    """Heads in another order where the site cannot show it: those of the queries, and those that a weight
+    joins; heads joined channel by channel."""
+    if case.tensor != "hidden":
+        return
+    for where in orders.joined(case):
+        order = orders.of_inputs(case, where)
+        if order is not None:
+            yield Trial(
+                key=f"{where.output} input heads",
+                title=f"'{where.output}' has its input heads in another order{_spelt(order)}",
+                fault=orders.inputs_fault(case, where, order),
+                parameters={"parameter": str(where.output), "unit": "input heads", "order": order},
+                fix=_FIX.format(name=where.output.name),
             )
+        order = None if where.query is None else orders.of_queries(case, where)
+        if where.query is not None and order is not None:
+            yield _ordered(case, where.query, "heads", order, _rows(case, where.query) // len(order))
+        yield _joined(case, where)
 
 
-def _holds_heads(case: Case, part: weights.Part, side: str) -> bool:
-    """Whether an axis of a weight is made of heads: the outputs of a query, the inputs after attention."""
-    trace = case.trace
-    users = [o.index for o in trace.operators.values() if part.name in o.parameters]
-    contexts = [a.context for a in parts.attentions(trace)]
-    if not users or not contexts:
-        return False
-    if side == "output":
-        return part.role == "query" or (
-            not part.role and max(users) < min(contexts) and part.name not in _shown_by(case)
-        )
-    first = min(o.index for o in trace.named("linear", "addmm", "matmul") if o.index > contexts[-1])
-    makers = trace.ancestors(first)
-    return any(u in makers for u in users) and max(users) >= contexts[-1]
-
-
-def _shown_by(case: Case) -> set[str]:
-    return case.trace.reaching("key") | case.trace.reaching("value")
-
-
-def _orders(count: int) -> Iterator[tuple[str, list[int]]]:
-    base = list(range(count))
-    for shift in range(1, count):
-        yield f"shifted by {shift}", base[shift:] + base[:shift]
-    if count > 2:
-        yield "in reverse", base[::-1]
-    pairs = (
-        [(i, j) for i in base for j in base[i + 1 :]]
-        if count <= _FEW_HEADS
-        else [(i, i + 1) for i in base[:-1]]
+def _joined(case: Case, where: orders.Joined) -> Trial:
+    """Heads joined channel by channel: the first of every head, then the second of every head."""
+    axis = 1 - weights.output_axis(case, where.output.name)
+    columns = torch.arange(where.heads * where.size).view(where.size, where.heads).T.flatten()
+    return Trial(
+        key=f"{where.output} joined by channel",
+        title=f"heads are joined channel by channel before '{where.output}', the first of every head, then "
+        "the second",
+        fault=weights.fault([where.output], lambda w: w.index_select(axis, columns.to(w.device))),
+        parameters={"parameter": str(where.output), "change": "joined by channel"},
+        fix="join the heads whole, one after another: move the axis of heads before that of channels",
     )
-    for i, j in pairs if count > 2 else ():
-        order = list(base)
-        order[i], order[j] = j, i
-        yield f"{i} and {j} exchanged", order
+
+
+def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
+    """Outputs by halves and pairs, and turned round."""
+    length = _rows(case, part)
+    usual = [("halves exchanged", [*range(length // 2, length), *range(length // 2)]), *_layouts(length)]
+    for words, order in (*(usual if length % 2 == 0 else ()), ("in reverse", [*range(length)][::-1])):
+        change = _reordered(weights.output_axis(case, part.name), order, 1)
+        yield _trial(part, f"output {words}", f"has its output {words}", change, {})
+
+
+def _rows(case: Case, part: weights.Part) -> int:
+    """Number of outputs of a weight."""
+    return part.of(weights.parameters(case)[part.name]).shape[weights.output_axis(case, part.name)]
+
+
+def _spelt(order: list[int]) -> str:
+    return f": {order}" if len(order) <= 16 else ""
 
 
 def _head_size(case: Case) -> int:
