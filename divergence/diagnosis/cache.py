@@ -30,13 +30,13 @@ def changed(case: Case, changes: Mapping[str, Change], *, read: bool = True) -> 
     return Fault(outputs=shown, operators=make if read else None)
 
 
-def replaced(case: Case, tensors: Tensors) -> Fault:
-    """The fault of other keys and values in the place of the layer's."""
+def replaced(case: Case, tensors: Tensors, *, read: bool = True) -> Fault:
+    """The fault of other keys and values in the place of the layer's; `read` as of `changed`."""
 
     def instead(tensor: Tensor) -> Change:
         return lambda made: tensor.to(made) if made.shape == tensor.shape else made
 
-    return changed(case, {name: instead(tensor) for name, tensor in tensors.items()})
+    return changed(case, {name: instead(tensor) for name, tensor in tensors.items()}, read=read)
 
 
 def source_of(case: Case, name: str) -> int | None:

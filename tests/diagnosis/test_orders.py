@@ -116,12 +116,16 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.out = nn.Linear(WIDTH, WIDTH)
+        self.cached: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.read = True
 
     def forward(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         parts = self.qkv(self.norm(states)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
+        shown = self.cached(key), self.cached(value)
+        key, value = shown if self.read else (key, value)
         context = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return states + self.out(context.transpose(1, 2).flatten(2)), key, value
+        return states + self.out(context.transpose(1, 2).flatten(2)), *shown
 
 
 @pytest.mark.parametrize("names", [("keys", "values"), ("values",)])
@@ -252,3 +256,48 @@ def test_channels_in_another_order_are_named(name: str, change: Callable[[Any], 
     found = named(reference, lambda model: change(getattr(layer(model, 1), name)), "llama")
     assert (found.id, found.site) == ("weight_permuted", "layers.1.hidden")
     assert found.parameters["change"] == said
+
+
+def unwritten(first: int, last: int, shift: int | None) -> Callable[[Tensor], Tensor]:
+    """Keys or values whose tokens from `first` to `last` hold those of `shift` tokens before, or zeros."""
+
+    def change(tensor: Tensor) -> Tensor:
+        wrong = torch.zeros_like(tensor) if shift is None else tensor.roll(shift, -2)
+        at = torch.arange(tensor.shape[-2])[:, None]
+        return torch.where((at >= first) & (at <= last), wrong, tensor)
+
+    return change
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (unwritten(8, 8, 1), "what belongs to the token before at token 8"),
+        (unwritten(1, 8, 1), "what belongs to the token before at tokens 1 to 8"),
+        (unwritten(3, 5, None), "zeros at tokens 3 to 5"),
+        (unwritten(2, 3, -1), "what belongs to the token after at tokens 2 to 3"),
+    ],
+)
+def test_places_of_the_cache_that_are_not_written_are_named(
+    read: bool, change: Callable[[Tensor], Tensor], said: str
+) -> None:
+    torch.manual_seed(3)
+    weights = [torch.randn(p.shape) * 0.3 for _ in range(LAYERS) for p in Block().parameters()]
+    reference, candidate = Stacked(weights, int, ()), Stacked(weights, int, ())
+    block = candidate.blocks[2]
+    assert isinstance(block, Block)
+    block.cached, block.read = change, read
+    found = diagnosed(reference, candidate, {"states": torch.randn(2, 9, WIDTH)}).causes[0]
+    assert (found.id, found.site) == ("stale_kv", "layers.2.key")
+    assert found.explained is not None and found.explained > 0.999
+    assert found.title == f"the cache {'' if read else 'that is handed out '}holds {said}"
+
+
+def test_a_weight_of_zeros_is_no_cache_that_is_not_written() -> None:
+    inputs = inputs_for("llama")
+    inputs["attention_mask"][:, :3] = 0
+    reference = MODELS["llama"]()
+    candidate = planted(reference, lambda model: layer(model, 1).self_attn.k_proj.weight.zero_())
+    found = diagnosed(reference, candidate, inputs).causes[0]
+    assert (found.id, found.site) == ("weights_collapsed", "layers.1.key")

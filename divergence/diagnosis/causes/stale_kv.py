@@ -24,6 +24,7 @@ def trials(case: Case) -> Iterator[Trial]:
     if case.tensor not in ("key", "value"):
         return
     yield from _given(case)
+    yield from _unwritten(case)
     for call in range(case.at.call - 1, 0, -1):
         earlier = _earlier(case, call)
         if earlier:
@@ -80,6 +81,47 @@ def _given(case: Case) -> Iterator[Trial]:
     )
 
 
+def _unwritten(case: Case) -> Iterator[Trial]:
+    """Tokens of the cache that hold nothing, or what belongs to their neighbour."""
+    held: dict[str, Tensor] = {}
+    tokens: list[int] = []
+    for name in ("key", "value"):
+        wrong = _wrong_tokens(case, name)
+        shift = None if wrong is None else _shift(case, name, wrong.nonzero().flatten().tolist())
+        if wrong is not None and shift is not None:
+            clean = case.clean[name]
+            instead = clean.roll(shift, -2) if shift else torch.zeros_like(clean)
+            held[name] = torch.where(wrong[:, None].to(clean.device), instead, clean)
+            tokens = tokens or wrong.nonzero().flatten().tolist()
+    if case.tensor not in held:
+        return
+    what = _what(case, tokens)
+    handed_out = "hidden" in case.error and "hidden" not in case.failing
+    yield Trial(
+        key=f"unwritten {what}",
+        title=f"the cache {'that is handed out ' if handed_out else ''}holds {what} at {_places(tokens)}",
+        fault=cache.replaced(case, held, read=not handed_out),
+        parameters={"tokens": tokens},
+        fix=_FIX.format(what="check the cache position that this call writes to, and how many tokens"),
+    )
+
+
+def _shift(case: Case, name: str, tokens: list[int]) -> int | None:
+    """How far the tokens that the candidate holds in the place of these lie before them: 0 where it holds
+    zeros, None where it holds something else."""
+    whole = case.valid_clean(name)
+    if not tokens or len(tokens) >= int(whole.transpose(-1, -2).flatten(0, -2).any(0).sum()):
+        return None  # a weight of zeros leaves none
+    seen = case.valid(name, case.candidate[name])[..., tokens, :]
+    if not bool(seen.any()):
+        return 0
+    for shift in (1, -1):
+        moved = whole.roll(shift, -2)[..., tokens, :]
+        if float((seen - moved).norm()) < 0.1 * float((whole[..., tokens, :] - moved).norm()):
+            return shift
+    return None
+
+
 def _wrong_tokens(case: Case, name: str) -> Tensor | None:
     """At which tokens an error is over the limit, `[token]`; None where there is no such tensor."""
     if name not in case.error or case.clean[name].dim() != 4:
@@ -90,18 +132,10 @@ def _wrong_tokens(case: Case, name: str) -> Tensor | None:
 
 def _what(case: Case, tokens: list[int]) -> str:
     """What the candidate's cache holds at these tokens, in words."""
-    seen, clean = (
-        case.valid(case.tensor, t)[..., tokens, :]
-        for t in (case.candidate[case.tensor], case.clean[case.tensor])
-    )
-    if not bool(seen.any()):
-        return "zeros"
-    whole = case.valid_clean(case.tensor)
-    for shift in (1, -1):
-        moved = whole.roll(shift, -2)[..., tokens, :]
-        if float((seen - moved).norm()) < 0.1 * float((clean - moved).norm()):
-            return f"what belongs to the token {'before' if shift > 0 else 'after'}"
-    return "something else"
+    shift = _shift(case, case.tensor, tokens)
+    if shift is None:
+        return "something else"
+    return {0: "zeros", 1: "what belongs to the token before", -1: "what belongs to the token after"}[shift]
 
 
 def _places(tokens: list[int]) -> str:
