@@ -99,7 +99,11 @@ def _products(case: Case, format_: Format) -> Iterator[Trial]:
     before = list(_embedded(case, format_))
     yield from before
     for words, indices, alone in _scopes(case):
-        for (grain, right), (per, left) in _ways(format_, alone=alone):
+        ways = list(_ways(format_, alone=alone))
+        (_, right), (_, left) = ways[0]
+        if alone and not comparable(case, products.computed(indices, partial(_product, left, right)), _ALONE):
+            continue
+        for (grain, right), (per, left) in ways:
             fault = products.computed(indices, partial(_product, left, right))
             trial = Trial(
                 key=f"{words} {format_.words} {grain} {per}",
@@ -225,14 +229,15 @@ def shifted(bits: int) -> Rounded:
     return rounded
 
 
-_COMPARABLE = 12.0
+_COMPARABLE = 12.0  # an outlier makes a step for a whole tensor that much larger than one for a channel
+_ALONE = 5.0  # of one product among many, a few ways are tried
 
 
-def comparable(case: Case, fault: Fault) -> bool:
+def comparable(case: Case, fault: Fault, within: float = _COMPARABLE) -> bool:
     """Whether an emulated rounding makes an error of about the size that is there: others of the same tensors
     to as many bits are not worth a run otherwise."""
     made, there = float(case.emulated(fault).norm()), float(case.error[case.tensor].norm())
-    return there / _COMPARABLE < made < there * _COMPARABLE
+    return there / within < made < there * within
 
 
 def in_groups(function: Callable[[Tensor], Tensor], size: int | None, outputs: int, weight: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def trials(case: Case) -> Iterator[Trial]:
             fitting = quantised.group_sizes(case, parts, _GROUPS, outputs) if name == "e4m3" else []
             grains = [f"{size} inputs of an output channel" for size in fitting]
             grains += [f"block of {size} by {size}" for size in _blocks(case, parts) if name == "e4m3"]
-            for grain in ("tensor", "output channel", "nothing", *grains):
+            channel = ["output channel"] if name == "e4m3" else []
+            for grain in ("tensor", *channel, "nothing", *grains):
                 how = "without a scale" if grain == "nothing" else f"with one scale for every {grain}"
                 yield Trial(
                     key=f"{words} {name} {grain}",
