@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from divergence.captures import fingerprint, fingerprint_started
 from divergence.errors import InputError, SourceError, nearest, one_line
@@ -218,6 +220,7 @@ class PyTorchProbe:
         """
         inputs = self.own(inputs)
         self._check_names(inputs)
+        training = training_note(self.source, self.model)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = OwnKeys(self.stacks, sink)
         done = 0
@@ -251,7 +254,7 @@ class PyTorchProbe:
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        return tuple(observer.order), tuple(plain), own.replace(outputs)
+        return tuple(observer.order), tuple(plain), (*training, *own.replace(outputs))
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names."""
@@ -303,6 +306,21 @@ def output_leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     for name, leaf in leaves(outputs):
         if isinstance(leaf, Tensor) and not REPEATED.match(f"{name}."):
             yield name, leaf
+
+
+def training_note(source: str, model: nn.Module) -> tuple[str, ...]:
+    """What to say of a module that would do something else if it were run as it is."""
+    acting = [
+        type(module).__name__
+        for module in model.modules()
+        if module.training
+        and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
+    ]
+    if not acting:
+        return ()
+    return (
+        f"{source}: in training mode ({', '.join(dict.fromkeys(acting))}); it was run in evaluation mode",
+    )
 
 
 @contextlib.contextmanager

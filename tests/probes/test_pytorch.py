@@ -282,3 +282,23 @@ def test_the_digest_tells_weights_apart() -> None:
         weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
         weight[0], weight[1] = weight[1].clone(), weight[0].clone()
     assert PyTorchProbe(model).run(inputs, lambda o: None).model_digest != first
+
+
+def test_a_module_that_would_act_otherwise_in_training_is_told_of() -> None:
+    class Dropping(nn.Module):
+        def __init__(self, share: float) -> None:
+            super().__init__()
+            self.model = llama(2)
+            self.drop = nn.Dropout(share)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            logits: Tensor = self.drop(self.model(input_ids=input_ids, attention_mask=attention_mask).logits)
+            return logits
+
+    def notes(model: nn.Module) -> tuple[str, ...]:
+        return PyTorchProbe(model).run(inputs_for("llama"), lambda _: None).notes
+
+    assert notes(Dropping(0.1).train()) == (
+        "pytorch: in training mode (Dropout); it was run in evaluation mode",
+    )
+    assert notes(Dropping(0.1).eval()) == notes(Dropping(0.0).train()) == ()
