@@ -11,13 +11,16 @@ from divergence.diagnosis.emulate import Change, Fault, Tensors
 from divergence.diagnosis.trace import Call, Handler
 
 
-def changed(case: Case, changes: Mapping[str, Change], *, read: bool = True) -> Fault:
+def changed(
+    case: Case, changes: Mapping[str, Change], *, read: bool = True, handed_out: bool = True
+) -> Fault:
     """The fault of changed keys and values.
 
     Args:
         case: the layer.
         changes: by tensor name.
-        read: whether attention reads them too, or whether they are only handed out.
+        read: whether attention reads them so.
+        handed_out: whether the layer shows them so.
     """
 
     def shown(seen: Tensors) -> Tensors:
@@ -27,7 +30,7 @@ def changed(case: Case, changes: Mapping[str, Change], *, read: bool = True) -> 
         sources = {name: source_of(case, name) for name in changes}
         return {index: _changing(changes[name]) for name, index in sources.items() if index is not None}
 
-    return Fault(outputs=shown, operators=make if read else None)
+    return Fault(outputs=shown if handed_out else None, operators=make if read else None)
 
 
 def replaced(case: Case, tensors: Tensors, *, read: bool = True) -> Fault:

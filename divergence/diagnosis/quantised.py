@@ -69,21 +69,32 @@ def is_possible(case: Case, least: float = _LEAST) -> bool:
 
 
 def cached(case: Case, format_: Format) -> Iterator[Trial]:
-    """Keys and values in the cache."""
-    if case.tensor not in ("key", "value") or case.clean[case.tensor].dim() != 4:
+    """Keys and values in the cache, or only where attention reads them."""
+    here = [n for n in ("key", "value") if n in case.clean and case.clean[n].dim() == 4]
+    if case.tensor in here:
+        names = [name for name in here if name in case.failing]
+        read = "hidden" in case.failing or "hidden" not in case.error
+        end = ", and attention reads them so" if read else " where they are handed out"
+    elif case.tensor == "hidden" and here and not set(here) & set(case.failing):
+        names, read, end = here, True, " where attention reads them"
+    else:
         return
-    names = [name for name in ("key", "value") if name in case.failing]
-    read = "hidden" in case.failing or "hidden" not in case.error
     words = "keys and values" if len(names) == 2 else f"{names[0]}s"
     ways: list[Way] = [(f"with one step for every {g}", partial(_along, format_, a)) for g, a in _OF_A_CACHE]
     if format_.unscaled is not None:
         ways.insert(0, ("without a scale", format_.unscaled))
-    for how, change in ways:
+    handed_out = case.tensor != "hidden"
+    faults = [
+        cache.changed(case, dict.fromkeys(names, change), read=read, handed_out=handed_out)
+        for _, change in ways
+    ]
+    if not handed_out and not comparable(case, faults[-1], _ALONE):
+        return
+    for (how, _), fault in zip(ways, faults, strict=True):
         yield Trial(
             key=f"cache {format_.words} {how}",
-            title=f"{words} go through {format_.words} {how}"
-            + (", and attention reads them so" if read else " where they are handed out"),
-            fault=cache.changed(case, dict.fromkeys(names, change), read=read),
+            title=f"{words} go through {format_.words} {how}{end}",
+            fault=fault,
             parameters={"format": format_.words, "tensors": names, "scale": how},
             fix=f"keep the cache in the model's precision, or {format_.fix}; if {format_.words} is meant, "
             "give keys and values the tolerance that it needs",

@@ -20,11 +20,11 @@ import torch
 import divergence
 from divergence.config import Config
 from divergence.result import Comparison
-from tests.faults import catalogue, ready
+from tests.faults import catalogue, ported, ready
 from tests.faults.pairs import Case, Pair
 from tests.faults.planting import Planted
 
-PAIRS: tuple[Pair, ...] = (*catalogue.PAIRS, *ready.PAIRS)
+PAIRS: tuple[Pair, ...] = (*catalogue.PAIRS, *ready.PAIRS, *ported.PAIRS)
 DOCUMENT = Path(__file__).parents[2] / "docs" / "fault-benchmark.md"
 
 
@@ -149,7 +149,7 @@ def document(rows: Sequence[Row]) -> str:
 
 {len(rows)} pairs of a reference and a candidate, made from seeds: a fault whose layer, tensor, cause and
 parameters are known because it was planted, or none. The models are decoders of our own in the style of
-Llama, Gemma and GPT-2 (`tests/faults/models.py`) and small ones from transformers (`tests/faults/ready.py`);
+Llama, Gemma and GPT-2 (`tests/faults/models.py`) and small ones from transformers (`ready.py`, `ported.py`);
 `tests/faults/plant.py` has the faults, `tests/faults/catalogue.py` the pairs. A cause counts as named only if
 it is the first of its site, and in a pair with two faults only if both are. `unknown` is the right answer to
 noise. Written by `python -m tests.faults.bench --write`; torch {torch.__version__.split("+")[0]}, one thread.

@@ -62,7 +62,7 @@ def _filled(model: Any, seed: int) -> Any:
     return model
 
 
-def _layers(model: Any) -> Any:
+def layers_of(model: Any) -> Any:
     for path in ("model.layers", "transformer.h", "model.decoder.layers", "encoder.layer"):
         try:
             return model.get_submodule(path)
@@ -71,16 +71,16 @@ def _layers(model: Any) -> Any:
     raise AssertionError(type(model).__name__)
 
 
-def _drawn(model: Any, draw: np.random.Generator) -> int:
-    return int(draw.integers(1, len(_layers(model))))
+def drawn(model: Any, draw: np.random.Generator) -> int:
+    return int(draw.integers(1, len(layers_of(model))))
 
 
 def _weights(path: str, part: str, cause: str, change: Callable[[Tensor], Tensor], **known: Any) -> Mutation:
     """The weight at `path` within one layer replaced by `change` of it."""
 
     def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-        layer = _drawn(model, draw)
-        weight = _layers(model)[layer].get_parameter(path)
+        layer = drawn(model, draw)
+        weight = layers_of(model)[layer].get_parameter(path)
         weight.copy_(change(weight))
         return (Planted(site_of(layer, part), cause, {"layer": layer, **known}),)
 
@@ -91,9 +91,9 @@ def _attribute(path: str, part: str, cause: str, value: Any, **known: Any) -> Mu
     """The attribute at `path` within one layer set to `value`, or to `value` of it."""
 
     def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-        layer = _drawn(model, draw)
+        layer = drawn(model, draw)
         owner, _, name = path.rpartition(".")
-        module = _layers(model)[layer].get_submodule(owner)
+        module = layers_of(model)[layer].get_submodule(owner)
         scaled = isinstance(value, tuple)
         setattr(module, name, getattr(module, name) * value[0] if scaled else value)
         return (Planted(site_of(layer, part), cause, {"layer": layer, **known}),)
@@ -110,7 +110,7 @@ def _eager(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
     return ()
 
 
-def _rotary(cause: str, change: Callable[[Tensor, Tensor], Tensor], **known: Any) -> Mutation:
+def rotary_by(cause: str, change: Callable[[Tensor, Tensor], Tensor], **known: Any) -> Mutation:
     """The angles of all layers computed by `change` from positions and inverse frequencies."""
 
     def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
@@ -136,7 +136,7 @@ def _shifted_angle(position: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def _swapped(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-    layers = _layers(model)
+    layers = layers_of(model)
     first, second = sorted(int(n) for n in draw.choice(len(layers), 2, replace=False))
     one, two = layers[first], layers[second]
     layers[first], layers[second] = two, one
@@ -145,8 +145,8 @@ def _swapped(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
 
 
 def _kv(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-    layer = _drawn(model, draw)
-    attention = _layers(model)[layer].self_attn
+    layer = drawn(model, draw)
+    attention = layers_of(model)[layer].self_attn
     key = attention.k_proj.weight.clone()
     attention.k_proj.weight.copy_(attention.v_proj.weight)
     attention.v_proj.weight.copy_(key)
@@ -154,15 +154,15 @@ def _kv(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
 
 
 def _fused_bias(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-    layer = _drawn(model, draw)
-    bias = _layers(model)[layer].attn.c_attn.bias
+    layer = drawn(model, draw)
+    bias = layers_of(model)[layer].attn.c_attn.bias
     bias[-bias.shape[0] // 3 :] = 0.0
     return (Planted(f"layers.{layer}.value", "bias_missing", {"layer": layer}),)
 
 
 def _leak(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
     """The written-out mask lets every query see the next token."""
-    for layer in _layers(model):
+    for layer in layers_of(model):
         attention = layer.self_attn
         attention.forward = _seeing_next(attention.forward)
     return (Planted("layers.0.hidden", "mask_leak", {"ahead": 1}),)
@@ -199,8 +199,8 @@ def _fp8(weight: Tensor) -> Tensor:
 
 
 def _heads_turned(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
-    layer = _drawn(model, draw)
-    key = _layers(model)[layer].self_attn.k_proj
+    layer = drawn(model, draw)
+    key = layers_of(model)[layer].self_attn.k_proj
     for parameter in key.parameters():
         parameter.copy_(parameter.roll(8, 0))
     return (Planted(f"layers.{layer}.key", "weight_permuted", {"layer": layer, "unit": "head"}),)
@@ -258,8 +258,10 @@ PAIRS: tuple[Pair, ...] = (
     ready("gpt2-relu", "gpt2", _attribute("mlp.act", "hidden", "activation", nn.ReLU(), activation="relu")),
     ready("llama-kv", "llama", _kv, precision="bf16"),
     ready("llama-order", "llama", _swapped),
-    ready("llama-rope-bf16", "llama-eager", _rotary("rope_precision", _bf16_angle, precision="bf16"), seq=96),
-    ready("qwen3-rope-shift", "qwen3", _rotary("rope_position", _shifted_angle, shift=2), precision="fp16"),
+    ready(
+        "llama-rope-bf16", "llama-eager", rotary_by("rope_precision", _bf16_angle, precision="bf16"), seq=96
+    ),
+    ready("qwen3-rope-shift", "qwen3", rotary_by("rope_position", _shifted_angle, shift=2), precision="fp16"),
     ready("llama-leak", "llama-eager", _leak),
     ready("llama-tf32", "llama", _tf32),
     ready("clean-llama-eager-padded", "llama", _eager, padding="left"),

@@ -1,0 +1,151 @@
+"""Pairs of what ports and deployments do: few bits in products and caches, scaled rotary embeddings, windows,
+parts in another precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from divergence.emulation import cast
+from tests.faults.pairs import Pair
+from tests.faults.planting import Planted
+from tests.faults.ready import Mutation, drawn, layers_of, ready, rotary_by
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _steps(axes: tuple[int, ...], largest: int = 127) -> Change:
+    def change(tensor: Tensor) -> Tensor:
+        step = tensor.abs().amax(axes, keepdim=True) / largest
+        return (tensor / step).round() * step
+
+    return change
+
+
+def _floats(axes: tuple[int, ...]) -> Change:
+    def change(tensor: Tensor) -> Tensor:
+        scale = tensor.abs().amax(axes, keepdim=True) / 448
+        return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
+
+    return change
+
+
+def _products(cause: str, inputs: Change, weights: Change, **known: Any) -> Mutation:
+    """Every linear layer of the stack on rounded inputs and weights."""
+
+    def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+        for layer in layers_of(model):
+            for module in layer.modules():
+                if isinstance(module, nn.Linear):
+                    setattr(module, "forward", _rounding(module, inputs, weights))  # noqa: B010 - for mypy
+        return (Planted("layers.0.key", cause, known),)
+
+    return mutate
+
+
+def _rounding(linear: nn.Linear, inputs: Change, weights: Change) -> Change:
+    return lambda x: F.linear(inputs(x), weights(linear.weight), linear.bias)
+
+
+def _attention(name: str, cause: str, site: str, change: Callable[..., tuple[Tensor, ...]]) -> Mutation:
+    """Another attention function: `change` of query, key, value and the boolean mask of what is seen."""
+
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        query, key, value, seen = change(query, key, value, seen)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+        made = F.scaled_dot_product_attention(query, key, value, seen, scale=kwargs["scaling"])
+        return made.transpose(1, 2), None
+
+    def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+        ALL_ATTENTION_FUNCTIONS.register(name, attend)
+        model.config._attn_implementation = name
+        return (Planted(site, cause),)
+
+    return mutate
+
+
+def _rounded(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    rounded = _floats((3,))
+    return query, rounded(key), rounded(value), seen
+
+
+def _tiled(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    groups = query.shape[1] // key.shape[1]
+    return query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1), seen
+
+
+def _window(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    return query, key, value, seen & ~seen.tril(-9)
+
+
+def _llama3(position: Tensor, inv_freq: Tensor) -> Tensor:
+    """Rotary frequencies as Llama 3 scales them, by 8 from 16 tokens on."""
+    waves = 2 * math.pi / inv_freq
+    smooth = ((16 / waves - 1) / 3).clamp(0, 1)
+    return position * ((1 - smooth) * inv_freq / 8 + smooth * inv_freq)
+
+
+def _fresh_norm(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    layer = drawn(model, draw)
+    layers_of(model)[layer].input_layernorm.weight.fill_(1.0)
+    return (Planted(f"layers.{layer}.key", "weights_collapsed", {"layer": layer}),)
+
+
+def _rounded_embedding(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    weight = model.get_input_embeddings().weight
+    weight.copy_(weight.bfloat16())
+    return (Planted("layers.0.key", "weight_precision", {"precision": "bf16"}),)
+
+
+def _half_parts(*paths: str) -> Mutation:
+    """Modules that compute in bf16 between others in fp32: nothing is wrong with them."""
+
+    def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+        for path in paths:
+            module = model.get_submodule(path)
+            module.to(torch.bfloat16)
+            setattr(module, "forward", _between(module.forward))  # noqa: B010 - for mypy
+        return ()
+
+    return mutate
+
+
+def _between(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: forward(*cast(args, "bf16"), **cast(kwargs, "bf16")).float()
+
+
+def _beside_halves(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    """Half a per cent on a value, which only a model that is all in bf16 may be off by."""
+    _half_parts("model.norm")(model, draw)
+    layer = drawn(model, draw)
+    layers_of(model)[layer].self_attn.v_proj.weight.mul_(1.005)
+    return (Planted(f"layers.{layer}.value", "weight_scale", {"layer": layer, "gain": 1.005}),)
+
+
+PAIRS: tuple[Pair, ...] = (
+    ready("llama-w8a8", "llama", _products("quant_int8", _steps((0, 1, 2)), _steps((1,)))),
+    ready("llama-w8a8-token", "llama", _products("quant_int8", _steps((2,)), _steps((1,))), precision="fp16"),
+    ready("qwen3-fp8", "qwen3", _products("quant_fp8", _floats((0, 1, 2)), _floats((0, 1)))),
+    ready("llama-kernel-fp8", "llama", _attention("fp8-kernel", "quant_fp8", "layers.0.hidden", _rounded)),
+    ready("llama-tiled", "llama", _attention("tiled", "weight_permuted", "layers.0.hidden", _tiled)),
+    ready("llama-window", "llama", _attention("window", "mask_leak", "layers.0.hidden", _window), seq=40),
+    ready("llama-rope-scaled", "llama", rotary_by("rope_position", _llama3), seq=64),
+    ready("gemma2-norm-fresh", "gemma2", _fresh_norm),
+    ready("qwen3-embedding-bf16", "qwen3", _rounded_embedding),
+    ready("llama-beside-halves", "llama", _beside_halves),
+    ready("clean-half-embedding", "llama", _half_parts("model.embed_tokens")),
+    ready("clean-half-layers", "llama", _half_parts("model.layers.1", "model.layers.4", "lm_head")),
+)
