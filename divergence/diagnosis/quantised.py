@@ -240,7 +240,7 @@ def shifted(bits: int) -> Rounded:
     return rounded
 
 
-_COMPARABLE = 12.0  # an outlier makes a step for a whole tensor that much larger than one for a channel
+_COMPARABLE = 8.0  # an outlier makes a step for a whole tensor that much larger than one for a channel
 _ALONE = 5.0  # of one product among many, a few ways are tried
 
 

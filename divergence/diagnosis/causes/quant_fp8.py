@@ -14,6 +14,7 @@ from divergence.diagnosis.hypotheses import Trial
 
 ID = "quant_fp8"
 
+_NEAR = 3.0  # floats are rounded by about as much whatever shares a scale
 _GROUPS = (128, 32)
 _SIDES = (128, 64, 32)
 _FORMATS = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
@@ -26,7 +27,7 @@ def trials(case: Case) -> Iterator[Trial]:
         for name, (dtype, largest) in _FORMATS.items():
             outputs = weights.output_axis(case, parts[0].name)
             first = weights.fault(parts, rounded(dtype, largest, "output channel", outputs))
-            if not case.nonfinite and not quantised.comparable(case, first):
+            if not case.nonfinite and not quantised.comparable(case, first, _NEAR):
                 continue
             fitting = quantised.group_sizes(case, parts, _GROUPS, outputs) if name == "e4m3" else []
             grains = [f"{size} inputs of an output channel" for size in fitting]

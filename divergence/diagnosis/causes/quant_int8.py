@@ -49,7 +49,7 @@ def _ways(
 ) -> Iterator[tuple[str, Callable[[Tensor], Tensor], float]]:
     """What shares a step, how it is rounded, and how many steps the largest value has."""
     for grain, axis in (("tensor", None), ("output channel", 1), ("input channel", 0)):
-        for levels in (127.0, 128.0):
+        for levels in (127.0,) if axis == 0 else (127.0, 128.0):
             yield f" for every {grain}", rounded(axis, levels, outputs), levels
     shifted = quantised.shifted(8)
     yield " and a zero point for every tensor", lambda w: shifted(w, tuple(range(w.dim())), None), 127.0
