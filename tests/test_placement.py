@@ -190,6 +190,8 @@ def test_a_model_on_two_devices_is_captured_as_it_stands(offloaded: bool) -> Non
     device_map |= dict.fromkeys(("model.norm", "lm_head"), 1)
     device_map |= {f"model.layers.{i}": where for i, where in enumerate(places)}
     placed = dispatch_model(placed, device_map)
+    with torch.inference_mode():  # the first product of a process leaves a workspace
+        placed(**{name: tensor.cuda() for name, tensor in inputs_for("llama").items()})
     before = [torch.cuda.memory_allocated(i) for i in range(2)]
     probe = PyTorchProbe(placed)
     facts = probe.run(inputs_for("llama"), lambda _: None)

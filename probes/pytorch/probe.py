@@ -55,6 +55,8 @@ class PyTorchProbe:
         self._load = load
         self._digest: str | None = None
         self.calls: list[LayerCall] = []
+        self._autocast: set[torch.dtype] = set()
+        self._hidden: dict[tuple[str, int], str] = {}
         self._take(model)
 
     def _take(self, model: nn.Module) -> None:
@@ -181,7 +183,7 @@ class PyTorchProbe:
         )
         # While a device is still at work.
         kept = [dtype_name(p.dtype) for p in parameters]
-        precision = coarsest([*kept, *map(dtype_name, self._watched.autocast)])
+        precision = coarsest([*kept, *map(dtype_name, self._autocast)])
         details = {
             "model": type(self.model).__name__,
             "device": ", ".join(devices_of(self.model)) or "cpu",
@@ -199,7 +201,7 @@ class PyTorchProbe:
             notes=notes,
             outputs=outputs,
             details=details,
-            mixed={} if self._watched.autocast else mixture(self.model, self.stacks, self._watched.hidden),
+            mixed={} if self._autocast else mixture(self.model, self.stacks, self._hidden),
         )
 
     def observe(
@@ -220,7 +222,6 @@ class PyTorchProbe:
         """
         inputs = self.own(inputs)
         self._check_names(inputs)
-        training = training_note(self.source, self.model)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = OwnKeys(self.stacks, sink)
         done = 0
@@ -239,10 +240,11 @@ class PyTorchProbe:
                 progress(f"running {self.source}", done, total)
 
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
-        self._watched = observer
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
         ran()
+        # Not the observer itself, which holds the last hidden states.
+        self._autocast, self._hidden = observer.autocast, observer.hidden
         plain = dict(output_leaves(outputs))
         for name, tensor in plain.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
@@ -254,7 +256,14 @@ class PyTorchProbe:
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        return tuple(observer.order), tuple(plain), (*training, *own.replace(outputs))
+        return (
+            tuple(observer.order),
+            tuple(plain),
+            (
+                *training_note(self.source, self.model),  # while a device is still at work
+                *own.replace(outputs),
+            ),
+        )
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names."""

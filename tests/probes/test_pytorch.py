@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -302,3 +303,17 @@ def test_a_module_that_would_act_otherwise_in_training_is_told_of() -> None:
         "pytorch: in training mode (Dropout); it was run in evaluation mode",
     )
     assert notes(Dropping(0.1).eval()) == notes(Dropping(0.0).train()) == ()
+
+
+def test_a_probe_that_has_run_holds_no_tensor_of_the_run() -> None:
+    """At once: cycles are collected late, and a device's memory is not Python's."""
+    seen: dict[str, weakref.ref[Tensor]] = {}
+    probe = PyTorchProbe(llama(3))
+    gc.disable()
+    try:
+        probe.run(inputs_for("llama"), lambda made: seen.update({str(made.site): weakref.ref(made.tensor)}))
+        left = [site for site, ref in seen.items() if ref() is not None]
+    finally:
+        gc.enable()
+    assert len(seen) == 10
+    assert left == []
