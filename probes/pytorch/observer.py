@@ -106,9 +106,8 @@ class LayerObserver:
 
     def __exit__(self, *exc: object) -> None:
         self._exit.close()
-        # What wraps the layers holds this in a cycle, and with it whatever it holds, for as long as it likes.
-        self._last_hidden.clear()
-        self._watch.forget()
+        # The watch holds this: a cycle is collected late, and what it holds may fill a device.
+        del self._watch
 
     def _note_autocast(self) -> None:
         """What torch's autocast, if it is on, has products compute in."""

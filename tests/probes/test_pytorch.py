@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from divergence.errors import InputError, SourceError
 from divergence.probes import Observation
-from divergence.probes.pytorch import PyTorchProbe
+from divergence.probes.pytorch import PyTorchProbe, own_keys
 from divergence.probes.pytorch.attention import unrepeat
+from divergence.probes.pytorch.observer import LayerObserver
 from divergence.probes.pytorch.stacks import find_stacks
 from tests.models import MODELS, inputs_for, llama
 
@@ -313,7 +314,8 @@ def test_a_probe_that_has_run_holds_no_tensor_of_the_run() -> None:
     try:
         probe.run(inputs_for("llama"), lambda made: seen.update({str(made.site): weakref.ref(made.tensor)}))
         left = [site for site, ref in seen.items() if ref() is not None]
+        watching = [held for held in gc.get_objects() if type(held) in (LayerObserver, own_keys.OwnKeys)]
     finally:
         gc.enable()
     assert len(seen) == 10
-    assert left == []
+    assert left == watching == []
