@@ -23,7 +23,10 @@ from divergence.probes.pytorch.observer import wrapped
 from divergence.probes.pytorch.opened import opened
 from divergence.probes.pytorch.placement import brought_in
 
-STORAGE = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Half precisions by name."""
+
+STORAGE = {**HALVES, "fp64": torch.float64}
 """Precisions in which tensors are stored, by name; the others only change what enters products."""
 
 _PRODUCTS = frozenset(

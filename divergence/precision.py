@@ -76,5 +76,9 @@ def integers_of(nbytes: int) -> torch.dtype:
 
 def coarsest(dtypes: Iterable[str]) -> str | None:
     """The coarsest precision among dtype names, or None if none of them is floating or int8."""
-    found = {_DTYPE_PRECISION[d] for d in dtypes if d in _DTYPE_PRECISION}
-    return max(found, key=UNIT_ROUNDOFF.__getitem__, default=None)
+    return coarsest_of(_DTYPE_PRECISION[d] for d in dtypes if d in _DTYPE_PRECISION)
+
+
+def coarsest_of(precisions: Iterable[str]) -> str | None:
+    """The coarsest of precisions, or None if there are none."""
+    return max(precisions, key=UNIT_ROUNDOFF.__getitem__, default=None)

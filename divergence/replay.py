@@ -20,7 +20,7 @@ from divergence.emulation import cast, mapped, reduced
 from divergence.errors import one_line
 from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
-from divergence.precision import UNIT_ROUNDOFF, coarsest, dtype_name
+from divergence.precision import coarsest, coarsest_of, dtype_name
 from divergence.probes import EMBEDDING, HEAD, Observation, Progress, silent
 from divergence.probes.pytorch.caches import caches_in, put_cached
 from divergence.probes.pytorch.layer_call import (
@@ -144,7 +144,7 @@ class Replayer:
         parts = [HEAD] if site.layer is None else [site.part]
         parts += [EMBEDDING] if not site.layer else []
         known = [self._mixed[part] for part in parts if part in self._mixed]
-        return max(known, key=UNIT_ROUNDOFF.__getitem__, default=self._precision)
+        return coarsest_of(known) or self._precision
 
     def _can_run_again(self, call: LayerCall) -> bool:
         """Whether the layer gives what it gave when it is run on what it was run on. Layers built alike are

@@ -34,7 +34,10 @@ DETAIL_TENSORS = tuple(t for t in LAYER_TENSORS if t not in DEFAULT_TENSORS)
 
 HIDDEN_AXES = ("batch", "token", "channel")
 HEAD_AXES = ("batch", "head", "token", "channel")
-_HEAD_TENSORS = frozenset({"query", "key", "value", "cross_key", "cross_value"})
+KEYS_AND_VALUES = (("key", "value"), ("cross_key", "cross_value"))
+"""Names of the key and the value of a layer's attention, and of its cross-attention."""
+
+_HEAD_TENSORS = frozenset({"query", *(name for pair in KEYS_AND_VALUES for name in pair)})
 
 _PATTERN = re.compile(r"^(?:(?P<stack>.+)\.)?layers\.(?P<layer>\d+)\.(?P<tensor>[a-z_]+)(?:@(?P<call>\d+))?$")
 _OUTPUT = re.compile(r"^output\.(?P<name>.+?)(?:@(?P<call>\d+))?$")

@@ -10,26 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import divergence
-from divergence.emulation import cast
 from divergence.introduced import mixed_note
 from divergence.probes.pytorch import PyTorchProbe
 from divergence.result import Comparison
+from tests.fewer_bits import in_half
 from tests.models import inputs_for, llama
 
 HALF = "bf16"
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-def in_half(module: nn.Module) -> None:
-    """Has a module compute in bf16, between what is fp32."""
-    module.to(torch.bfloat16)
-    forward = module.forward
-
-    def converted(*args: Any, **kwargs: Any) -> Any:
-        made = forward(*cast(args, HALF), **cast(kwargs, HALF))
-        return made.float()
-
-    setattr(module, "forward", converted)  # noqa: B010 - for mypy
 
 
 def compared(plant: Callable[[Any], None], **options: Any) -> Comparison:

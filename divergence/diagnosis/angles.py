@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 _FARTHEST = 1 << 14  # largest first position that is looked for
+
+
+SPREADS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda t: t,
+    lambda t: torch.cat((t, t)),
+    lambda t: t.repeat_interleave(2),
+)
+"""How tables hold frequencies: each once, all of them twice, or each twice."""
 
 
 def read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -67,6 +75,4 @@ def _spread(buffer: Tensor, count: int, device: torch.device) -> Iterator[Tensor
     if buffer.dim() != 1 or not buffer.is_floating_point() or buffer.numel() not in (count, count // 2):
         return
     wide = buffer.to(device, torch.float64)
-    for spread in (wide, torch.cat((wide, wide)), wide.repeat_interleave(2)):
-        if spread.numel() == count:
-            yield spread
+    yield from (made for made in (spread(wide) for spread in SPREADS) if made.numel() == count)

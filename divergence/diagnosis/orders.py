@@ -116,19 +116,12 @@ def queries_fault(case: Case, query: weights.Part | None, order: Sequence[int]) 
     assert query is not None
     axis = weights.output_axis(case, query.name)
     size = query.of(weights.parameters(case)[query.name]).shape[axis] // len(order)
-    rows = rows_of(order, size)
-    bias = weights.bias_of(case, query)
-    return weights.fault(
-        [query] if bias is None else [query, bias],
-        lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)),
-    )
+    return weights.outputs_in_order(case, query, rows_of(order, size))
 
 
 def inputs_fault(case: Case, where: Joined, order: Sequence[int]) -> Fault:
     """The heads that a weight joins in another order."""
-    axis = 1 - weights.output_axis(case, where.output.name)
-    columns = rows_of(order, where.size)
-    return weights.fault([where.output], lambda w: w.index_select(axis, columns.to(w.device)))
+    return weights.inputs_in_order(case, where.output, rows_of(order, where.size))
 
 
 def rows_of(order: Sequence[int], size: int) -> Tensor:

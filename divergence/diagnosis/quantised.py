@@ -150,20 +150,20 @@ def _embedded(case: Case, format_: Format) -> Iterator[Trial]:
 def _of_table(format_: Format, table: Tensor) -> Iterator[Way]:
     """Rows rounded by the range of their whole table."""
     rounded, shifted = format_.rounded, format_.shifted
-    yield "one step", lambda t: rounded(t, _all(t), table)
+    yield "one step", lambda t: rounded(t, every_axis(t), table)
     if shifted is not None:
-        yield "one step and a zero point", lambda t: shifted(t, _all(t), table)
+        yield "one step and a zero point", lambda t: shifted(t, every_axis(t), table)
 
 
 def _ways(format_: Format, *, alone: bool) -> Iterator[tuple[Way, Way]]:
     """How weights and inputs are rounded; of a product alone only what is usual."""
     rounded, shifted = format_.rounded, format_.shifted
-    whole: Way = ("with one step for every tensor", lambda t: rounded(t, _all(t), None))
+    whole: Way = ("with one step for every tensor", lambda t: rounded(t, every_axis(t), None))
     channel: Way = ("with one step for every output channel", lambda t: rounded(t, (-2,), None))
     inputs: list[Way] = [whole, ("with one step for every token", lambda t: rounded(t, (-1,), None))]
     if shifted is not None:
         inputs.append(
-            ("with one step and a zero point for every tensor", lambda t: shifted(t, _all(t), None))
+            ("with one step and a zero point for every tensor", lambda t: shifted(t, every_axis(t), None))
         )
     yield from ((channel, each) for each in inputs)
     yield whole, whole
@@ -176,7 +176,8 @@ def _ways(format_: Format, *, alone: bool) -> Iterator[tuple[Way, Way]]:
     yield from ((("as they are", lambda t: t), each) for each in inputs)
 
 
-def _all(tensor: Tensor) -> Axes:
+def every_axis(tensor: Tensor) -> Axes:
+    """All axes of a tensor."""
     return tuple(range(tensor.dim()))
 
 
@@ -269,8 +270,11 @@ def in_groups(function: Callable[[Tensor], Tensor], size: int | None, outputs: i
 
 def group_sizes(case: Case, changed: Sequence[weights.Part], usual: Sequence[int], outputs: int) -> list[int]:
     """Usual lengths of groups that fit the inputs of weights and are not all of them."""
-    named = weights.parameters(case)
-    lengths = [
-        part.of(named[part.name]).shape[1 - outputs] for part in changed if named[part.name].dim() == 2
-    ]
+    lengths = [shape[1 - outputs] for shape in shapes_of(case, changed)]
     return [size for size in usual if lengths and not any(n % size or n == size for n in lengths)]
+
+
+def shapes_of(case: Case, changed: Sequence[weights.Part]) -> list[torch.Size]:
+    """Shapes of the weights that have two axes."""
+    named = weights.parameters(case)
+    return [part.of(named[part.name]).shape for part in changed if named[part.name].dim() == 2]

@@ -11,6 +11,7 @@ import torch
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault
 from divergence.diagnosis.trace import PIECES
+from divergence.sites import KEYS_AND_VALUES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from divergence.diagnosis.trace import Call
 
 _PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
-_SHOWN = (("key", "value"), ("cross_key", "cross_value"))
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,21 @@ def bias_of(case: Case, part: Part) -> Part | None:
     return replace(part, name=name, axis=0) if name in parameters(case) else None
 
 
+def outputs_in_order(case: Case, part: Part, rows: Tensor) -> Fault:
+    """The outputs of a weight, with its bias, in the order of `rows`."""
+    axis, bias = output_axis(case, part.name), bias_of(case, part)
+    return fault(
+        [part] if bias is None else [part, bias],
+        lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)),
+    )
+
+
+def inputs_in_order(case: Case, part: Part, columns: Tensor) -> Fault:
+    """The inputs of a weight in the order of `columns`."""
+    axis = 1 - output_axis(case, part.name)
+    return fault([part], lambda w: w.index_select(axis, columns.to(w.device)))
+
+
 def parameters(case: Case) -> Mapping[str, Tensor]:
     """The unit's parameters by name."""
     return dict(case.unit.module.named_parameters())
@@ -176,7 +191,7 @@ def _parts(case: Case, name: str) -> list[Part]:
 def _all_parts(case: Case, name: str) -> list[Part]:
     """A fused projection of query, key and value in parts: what lies before the last two widths, of all
     rows or of those of a head, is the query."""
-    names = next((pair for pair in _SHOWN if _makes(case, name, pair)), None)
+    names = next((pair for pair in KEYS_AND_VALUES if _makes(case, name, pair)), None)
     if names is None:
         return [Part(name)]
     key, value = (case.clean[t] for t in names)

@@ -41,7 +41,8 @@ def mixture(
     for stack in stacks:
         before: list[str] = []
         for index, layer in enumerate(stack.layers):
-            own = [hidden[at] for at in [(stack.name, index)] if at in hidden]
+            shown = hidden.get((stack.name, index))
+            own = [] if shown is None else [shown]
             kept = [dtype_name(parameter.dtype) for parameter in layer.parameters()]
             found[Site(index, "hidden", stack.name).part] = coarsest([*kept, *before, *own]) if kept else None
             before = own

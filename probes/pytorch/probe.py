@@ -182,6 +182,7 @@ class PyTorchProbe:
             ran=lambda: digests.append(fingerprint_started(named_weights(self.model), written)),
         )
         # While a device is still at work.
+        training = training_note(self.source, self.model)
         kept = [dtype_name(p.dtype) for p in parameters]
         precision = coarsest([*kept, *map(dtype_name, self._autocast)])
         details = {
@@ -198,7 +199,7 @@ class PyTorchProbe:
             precision=precision,
             stacks=order,
             versions={"torch": str(torch.__version__)},
-            notes=notes,
+            notes=(*training, *notes),
             outputs=outputs,
             details=details,
             mixed={} if self._autocast else mixture(self.model, self.stacks, self._hidden),
@@ -256,14 +257,7 @@ class PyTorchProbe:
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        return (
-            tuple(observer.order),
-            tuple(plain),
-            (
-                *training_note(self.source, self.model),  # while a device is still at work
-                *own.replace(outputs),
-            ),
-        )
+        return tuple(observer.order), tuple(plain), own.replace(outputs)
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names."""

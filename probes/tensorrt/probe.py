@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from divergence.comparison import compare_tensors
 from divergence.errors import DivergenceError, SourceError
-from divergence.precision import UNIT_ROUNDOFF
+from divergence.precision import coarsest_of
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.onnx.found import Found
 from divergence.probes.onnx.nodes import nodes_from_json
@@ -378,8 +378,7 @@ def _saved(inputs: Mapping[str, torch.Tensor], folder: Path) -> Path:
 def _products_run_in(contract: Contract) -> str | None:
     """The coarsest precision in which products with weights ran, or None if none says it."""
     words = {word for row in contract.rows if row.role in ("projection", "mlp") for word in row.precisions}
-    found = [_WORDS[word] for word in words if word in _WORDS]
-    return max(found, key=UNIT_ROUNDOFF.__getitem__, default=None)
+    return coarsest_of(_WORDS[word] for word in words if word in _WORDS)
 
 
 def _typed(io: Mapping[str, Any] | None) -> tuple[str, tuple[int | str, ...]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.diagnosis.faults import diagnosed, planted
+from tests.fewer_bits import floats, integers
 from tests.models import MODELS, inputs_for, llama
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -69,17 +70,12 @@ def with_zero_point(weight: Tensor) -> Tensor:
 
 
 def in_groups(weight: Tensor) -> Tensor:
-    groups = weight.unflatten(1, (-1, 32))
-    step = groups.abs().amax(-1, keepdim=True) / 127
-    made: Tensor = ((groups / step).round() * step).flatten(1)
-    return made
+    return integers(-1)(weight.unflatten(1, (-1, 32))).flatten(1)
 
 
 def in_blocks(weight: Tensor) -> Tensor:
-    blocks = weight.unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
-    scale = blocks.abs().amax((1, 3), keepdim=True) / 448
-    made: Tensor = (blocks / scale).to(torch.float8_e4m3fn).float() * scale
-    return made.flatten(2).flatten(0, 1)
+    blocks = floats((1, 3))(weight.unflatten(1, (-1, 32)).unflatten(0, (-1, 32)))
+    return blocks.flatten(2).flatten(0, 1)
 
 
 @pytest.mark.parametrize(

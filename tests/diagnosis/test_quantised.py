@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,31 +12,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache
 
 from divergence.diagnosis import quantised
 from tests.diagnosis.faults import case_of, diagnosed, planted
+from tests.fewer_bits import Change, floats, integers, round_products
 from tests.models import inputs_for, llama
 
-Change = Callable[[Tensor], Tensor]
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
-
-
-def integers(axes: Any, largest: int = 127) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        step = tensor.abs().amax(axes, keepdim=True) / largest
-        return (tensor / step).round() * step
-
-    return change
-
-
-def floats(axes: Any, dtype: torch.dtype = torch.float8_e4m3fn) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        scale = tensor.abs().amax(axes, keepdim=True) / torch.finfo(dtype).max
-        return (tensor / scale).to(dtype).to(tensor.dtype) * scale
-
-    return change
 
 
 def dynamic(tensor: Tensor) -> Tensor:
@@ -138,13 +120,10 @@ def test_a_cache_that_is_rounded_where_it_is_handed_out_is_told_from_one_that_is
 def products(inputs: Change, weights: Change, only: str = "layers.") -> Callable[[Any], None]:
     """Plants products of rounded inputs and weights."""
 
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        return functional.linear(inputs(x), weights(self.weight), self.bias)
-
     def plant(model: Any) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and only in name:
-                setattr(module, "forward", types.MethodType(forward, module))  # noqa: B010 - for mypy
+            if only in name:
+                round_products(module, inputs, weights)
 
     return plant
 

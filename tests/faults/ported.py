@@ -8,35 +8,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from divergence.emulation import cast
 from tests.faults.pairs import Pair
 from tests.faults.planting import Planted
 from tests.faults.ready import Mutation, drawn, layers_of, ready, rotary_by
+from tests.fewer_bits import Change, floats, in_half, integers, round_products
 
 if TYPE_CHECKING:
     import numpy as np
-
-Change = Callable[[Tensor], Tensor]
-
-
-def _steps(axes: tuple[int, ...], largest: int = 127) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        step = tensor.abs().amax(axes, keepdim=True) / largest
-        return (tensor / step).round() * step
-
-    return change
-
-
-def _floats(axes: tuple[int, ...]) -> Change:
-    def change(tensor: Tensor) -> Tensor:
-        scale = tensor.abs().amax(axes, keepdim=True) / 448
-        return (tensor / scale).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
-
-    return change
 
 
 def _products(cause: str, inputs: Change, weights: Change, **known: Any) -> Mutation:
@@ -45,15 +27,10 @@ def _products(cause: str, inputs: Change, weights: Change, **known: Any) -> Muta
     def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
         for layer in layers_of(model):
             for module in layer.modules():
-                if isinstance(module, nn.Linear):
-                    setattr(module, "forward", _rounding(module, inputs, weights))  # noqa: B010 - for mypy
+                round_products(module, inputs, weights)
         return (Planted("layers.0.key", cause, known),)
 
     return mutate
-
-
-def _rounding(linear: nn.Linear, inputs: Change, weights: Change) -> Change:
-    return lambda x: F.linear(inputs(x), weights(linear.weight), linear.bias)
 
 
 def _attention(name: str, cause: str, site: str, change: Callable[..., tuple[Tensor, ...]]) -> Mutation:
@@ -78,7 +55,7 @@ def _attention(name: str, cause: str, site: str, change: Callable[..., tuple[Ten
 
 
 def _rounded(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
-    rounded = _floats((3,))
+    rounded = floats((3,))
     return query, rounded(key), rounded(value), seen
 
 
@@ -115,16 +92,10 @@ def _half_parts(*paths: str) -> Mutation:
 
     def mutate(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
         for path in paths:
-            module = model.get_submodule(path)
-            module.to(torch.bfloat16)
-            setattr(module, "forward", _between(module.forward))  # noqa: B010 - for mypy
+            in_half(model.get_submodule(path))
         return ()
 
     return mutate
-
-
-def _between(forward: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: forward(*cast(args, "bf16"), **cast(kwargs, "bf16")).float()
 
 
 def _beside_halves(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
@@ -136,9 +107,11 @@ def _beside_halves(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]
 
 
 PAIRS: tuple[Pair, ...] = (
-    ready("llama-w8a8", "llama", _products("quant_int8", _steps((0, 1, 2)), _steps((1,)))),
-    ready("llama-w8a8-token", "llama", _products("quant_int8", _steps((2,)), _steps((1,))), precision="fp16"),
-    ready("qwen3-fp8", "qwen3", _products("quant_fp8", _floats((0, 1, 2)), _floats((0, 1)))),
+    ready("llama-w8a8", "llama", _products("quant_int8", integers((0, 1, 2)), integers((1,)))),
+    ready(
+        "llama-w8a8-token", "llama", _products("quant_int8", integers((2,)), integers((1,))), precision="fp16"
+    ),
+    ready("qwen3-fp8", "qwen3", _products("quant_fp8", floats((0, 1, 2)), floats((0, 1)))),
     ready("llama-kernel-fp8", "llama", _attention("fp8-kernel", "quant_fp8", "layers.0.hidden", _rounded)),
     ready("llama-tiled", "llama", _attention("tiled", "weight_permuted", "layers.0.hidden", _tiled)),
     ready("llama-window", "llama", _attention("window", "mask_leak", "layers.0.hidden", _window), seq=40),

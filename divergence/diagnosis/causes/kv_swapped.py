@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault, Tensors
 from divergence.diagnosis.hypotheses import Trial
+from divergence.sites import KEYS_AND_VALUES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,21 +19,20 @@ ID = "kv_swapped"
 
 Pair = tuple[str, str]
 
-_PAIRS: tuple[Pair, ...] = (("key", "value"), ("cross_key", "cross_value"))
-_SHOWN = frozenset(name for pair in _PAIRS for name in pair)
+_SHOWN = frozenset(name for pair in KEYS_AND_VALUES for name in pair)
 
 
 def trials(case: Case) -> Iterator[Trial]:
     """The two outputs exchanged; the two projections exchanged; of the attention that the site belongs to, of
     any where it is behind them."""
-    for pair in _PAIRS:
+    for pair in KEYS_AND_VALUES:
         if set(pair) <= set(case.clean) and (case.tensor in pair or case.tensor not in _SHOWN):
             yield from _of_pair(case, pair)
 
 
 def _of_pair(case: Case, pair: Pair) -> Iterator[Trial]:
     first, second = pair
-    cross = "cross " if pair != _PAIRS[0] else ""
+    cross = "cross " if pair != KEYS_AND_VALUES[0] else ""
     if case.clean[first].shape == case.clean[second].shape:
         yield Trial(
             key=f"{cross}outputs",
@@ -50,23 +49,23 @@ def _of_pair(case: Case, pair: Pair) -> Iterator[Trial]:
     yield Trial(
         key=f"{cross}weights",
         title=f"the weights '{key}' and '{value}' are exchanged",
-        fault=exchanged_weights(key, value, named),
+        fault=exchanged_weights(case, key, value),
         parameters={"exchanged": [str(key), str(value)]},
         fix=f"exchange '{key}' and '{value}' where the converter maps or splits them",
     )
 
 
-def exchanged(tensors: Tensors, pair: Pair = _PAIRS[0]) -> Tensors:
+def exchanged(tensors: Tensors, pair: Pair = KEYS_AND_VALUES[0]) -> Tensors:
     """Key as value and value as key."""
     return {**tensors, pair[0]: tensors[pair[1]], pair[1]: tensors[pair[0]]}
 
 
-def exchanged_weights(key: weights.Part, value: weights.Part, named: Mapping[str, Tensor]) -> Fault:
+def exchanged_weights(case: Case, key: weights.Part, value: weights.Part) -> Fault:
     """Weights, and biases where both have one, exchanged."""
-    pairs = [(key, value)]
-    biases = [replace(part, name=f"{part.name.rpartition('.')[0]}.bias", axis=0) for part in (key, value)]
-    if all(bias.name in named for bias in biases):
-        pairs.append((biases[0], biases[1]))
+    pairs, named = [(key, value)], weights.parameters(case)
+    first, second = (weights.bias_of(case, part) for part in (key, value))
+    if first is not None and second is not None:
+        pairs.append((first, second))
     return weights.one_after_another(
         (to.name, to.change(_constant(other.of(named[other.name].detach()))))
         for a, b in pairs

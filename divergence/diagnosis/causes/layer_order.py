@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from divergence.diagnosis import cache
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Change, Fault, LayerUnit, Tensors
+from divergence.diagnosis.emulate import Change, Fault, LayerUnit
 from divergence.diagnosis.hypotheses import Trial
 from divergence.probes.pytorch.placement import named_weights
-from divergence.sites import Site
+from divergence.sites import KEYS_AND_VALUES, Site
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 ID = "layer_order"
 
-_PAIRS = (("key", "value"), ("cross_key", "cross_value"))
 _SAME = 0.1  # relative difference below which two tensors are the same but for rounding
 
 
@@ -46,7 +46,7 @@ def trials(case: Case) -> Iterator[Trial]:
 
 def _handed_out(case: Case) -> Iterator[Trial]:
     """What the candidate shows is what another layer of this run has made, and attention read the right."""
-    pair = next((pair for pair in _PAIRS if case.tensor in pair), ())
+    pair = next((pair for pair in KEYS_AND_VALUES if case.tensor in pair), ())
     if not isinstance(case.unit, LayerUnit) or "hidden" in case.failing or case.applied:
         return
     names = [name for name in pair if name in case.failing and name in case.error]
@@ -58,9 +58,6 @@ def _handed_out(case: Case) -> Iterator[Trial]:
     tensors = {name: tensor for name, tensor in made.items() if tensor is not None}
     own, words = case.unit.call.layer, " and ".join(f"{name}s" for name in tensors)
 
-    def shown(seen: Tensors) -> Tensors:
-        return {n: tensors[n].to(t) if n in tensors else t for n, t in seen.items()}
-
     def passes(case: Case, _: float) -> list[str]:
         if "hidden" not in case.error:
             return []
@@ -69,7 +66,7 @@ def _handed_out(case: Case) -> Iterator[Trial]:
     yield Trial(
         key="handed out",
         title=f"the {words} that are handed out as layer {own}'s are those of layer {other}",
-        fault=Fault(outputs=shown),
+        fault=cache.replaced(case, tensors, read=False),
         parameters={"layer": own, "holds": other, "exchanged": "outputs"},
         evidence=passes,
         fix="stack, name and bind the outputs by the number of the layer: sort by number, not by name "

@@ -52,7 +52,7 @@ def _ways(
         for levels in (127.0,) if axis == 0 else (127.0, 128.0):
             yield f" for every {grain}", rounded(axis, levels, outputs), levels
     shifted = quantised.shifted(8)
-    yield " and a zero point for every tensor", lambda w: shifted(w, tuple(range(w.dim())), None), 127.0
+    yield " and a zero point for every tensor", lambda w: shifted(w, quantised.every_axis(w), None), 127.0
     channels = partial(quantised.in_groups, lambda groups: shifted(groups, (-1,), None), None, outputs)
     yield " and a zero point for every output channel", channels, 127.0
     for size in quantised.group_sizes(case, parts, _GROUPS, outputs):
@@ -111,13 +111,7 @@ def rounded(axis: int | None, levels: float, outputs: int = 0) -> Callable[[Tens
         levels: how many steps the largest value has.
         outputs: the axis of the outputs, 1 for a weight `[in, out]`.
     """
-
-    def function(weight: Tensor) -> Tensor:
-        if axis is None:
-            largest = weight.abs().max()
-        else:
-            largest = weight.abs().amax(axis if outputs == 0 else 1 - axis, keepdim=True)
-        step = largest.clamp(min=1e-30) / levels
-        return (weight / step).round().clamp(-128 if levels == 128 else -127, 127) * step
-
-    return function
+    least = -128 if levels == 128 else -127
+    symmetric = quantised.scaled(levels, lambda steps: steps.round().clamp(least, 127))
+    along = None if axis is None else (axis if outputs == 0 else 1 - axis,)
+    return lambda weight: symmetric(weight, quantised.every_axis(weight) if along is None else along, None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from divergence.diagnosis import rotary
+from divergence.diagnosis.angles import SPREADS
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
@@ -121,7 +122,7 @@ def _size(case: Case, found: rotary.Rotary) -> float:
 
 def _spread_as(frequencies: Tensor, own: Tensor, other: Tensor) -> Tensor | None:
     """`other` in the order in which `frequencies` hold each of `own`, once or twice."""
-    for spread in (lambda t: t, lambda t: torch.cat((t, t)), lambda t: t.repeat_interleave(2)):
+    for spread in SPREADS:
         if spread(own).shape == frequencies.shape and torch.allclose(
             spread(own).to(frequencies), frequencies, rtol=1e-4
         ):

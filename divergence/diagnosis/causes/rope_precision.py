@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis import rotary
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.contract import ran_in
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
+from divergence.emulation import HALVES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ID = "rope_precision"
 
-HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 VARIANTS = (
     ("position", "inv_freq", "angle"),
     ("inv_freq",),

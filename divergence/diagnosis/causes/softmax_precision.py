@@ -13,6 +13,7 @@ from divergence.diagnosis.contract import ran_in
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 from divergence.diagnosis.trace import Call, Handler
+from divergence.emulation import HALVES
 
 ID = "softmax_precision"
 
@@ -22,7 +23,7 @@ def trials(case: Case) -> Iterator[Trial]:
     for number, attention in enumerate(parts.attentions(case.trace)):
         if not case.trace.reaches(case.tensor, attention.context):
             continue
-        for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        for precision, dtype in HALVES.items():
             for words, function in _variants(dtype):
                 yield Trial(
                     key=f"attention {number} {precision} {words}",

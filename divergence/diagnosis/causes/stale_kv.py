@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from divergence.diagnosis import cache
 from divergence.diagnosis.case import Case
-from divergence.diagnosis.emulate import Fault, LayerUnit, Tensors
+from divergence.diagnosis.emulate import Change, Fault, LayerUnit
 from divergence.diagnosis.hypotheses import Trial, Tried
 
 ID = "stale_kv"
@@ -42,7 +42,7 @@ def trials(case: Case) -> Iterator[Trial]:
             key=f"shift {shift}",
             title=f"key and value stand {abs(shift)} place {'too late' if shift > 0 else 'too early'} in "
             "the cache",
-            fault=Fault(outputs=_moved(partial(torch.roll, shifts=shift, dims=-2))),
+            fault=_moved(case, partial(torch.roll, shifts=shift, dims=-2)),
             parameters={"shift": shift},
             fix=_FIX.format(what="check the cache position that this call writes to"),
         )
@@ -50,7 +50,7 @@ def trials(case: Case) -> Iterator[Trial]:
         yield Trial(
             key="batch",
             title="every row of the batch has the keys and values of the first",
-            fault=Fault(outputs=_moved(lambda t: t[:1].expand_as(t))),
+            fault=_moved(case, lambda t: t[:1].expand_as(t)),
             fix=_FIX.format(what="give every row of the batch its own cache"),
         )
 
@@ -191,5 +191,5 @@ def _earlier(case: Case, call: int) -> dict[str, Tensor]:
     return found
 
 
-def _moved(function: Callable[[Tensor], Tensor]) -> Callable[[Tensors], Tensors]:
-    return lambda seen: {n: function(t) if n in ("key", "value") else t for n, t in seen.items()}
+def _moved(case: Case, function: Change) -> Fault:
+    return cache.changed(case, dict.fromkeys(("key", "value"), function), read=False)

@@ -13,6 +13,7 @@ from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 from divergence.diagnosis.trace import Call, Handler
+from divergence.sites import KEYS_AND_VALUES
 
 ID = "weight_permuted"
 
@@ -36,7 +37,7 @@ def trials(case: Case) -> Iterator[Trial]:
     for part in weights.matrices(case):
         weight = part.of(weights.parameters(case)[part.name])
         if weight.shape[0] == weight.shape[1]:
-            yield _trial(part, "transposed", "is transposed", lambda w: w.T, {})
+            yield _trial(part, "transposed", "is transposed", lambda w: w.T)
     yield from _heads(case)
     for part in weights.matrices(case):
         yield from _usual(case, part)
@@ -44,7 +45,7 @@ def trials(case: Case) -> Iterator[Trial]:
 
 def _shown(case: Case) -> Iterator[Trial]:
     """Orders of heads, and of channels, that match the candidate's tensor to the reference's."""
-    if case.tensor not in ("key", "value", "cross_key", "cross_value"):
+    if not any(case.tensor in pair for pair in KEYS_AND_VALUES):
         return
     part = weights.projection(case, case.tensor)
     if part is None:
@@ -71,20 +72,10 @@ def matched(clean: Tensor, seen: Tensor) -> list[int] | None:
 
 
 def _ordered(case: Case, part: weights.Part, unit: str, order: list[int], size: int) -> Trial:
-    rows = torch.tensor([o * size + i for o in order for i in range(size)])
-    axis = part.axis if part.stop is not None else weights.output_axis(case, part.name)
-    changed = [part]
-    bias = weights.bias_of(case, part)
-    fault = weights.fault(changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device)))
-    if bias is not None:
-        changed.append(bias)
-        fault = weights.fault(
-            changed, lambda w: w.index_select(axis if w.dim() > 1 else 0, rows.to(w.device))
-        )
     return Trial(
         key=f"{part} {unit}",
         title=f"the {unit} of '{part}' stand in another order{_spelt(order)}",
-        fault=fault,
+        fault=weights.outputs_in_order(case, part, orders.rows_of(order, size)),
         parameters={"parameter": str(part), "unit": unit, "order": order},
         fix=_FIX.format(name=part.name),
     )
@@ -226,15 +217,10 @@ def _whole(
 ) -> Trial:
     """All rows of a fused projection, and of its bias, in another order."""
     whole = weights.Part(key.name)
-    bias = weights.bias_of(case, whole)
-
-    def reorder(weight: Tensor) -> Tensor:
-        return weight.index_select(key.axis if weight.dim() > 1 else 0, order.to(weight.device))
-
     return Trial(
         key=f"{whole} {change}",
         title=f"the rows of '{whole}' {words}",
-        fault=weights.fault([whole] if bias is None else [whole, bias], reorder),
+        fault=weights.outputs_in_order(case, whole, order),
         parameters={"parameter": str(whole), "change": change, **(parameters or {})},
         fix=f"split '{whole}' into query, key and value as the reference does: {how}",
     )
@@ -290,13 +276,12 @@ def _heads(case: Case) -> Iterator[Trial]:
 
 def _joined(case: Case, where: orders.Joined) -> Trial:
     """Heads joined channel by channel: the first of every head, then the second of every head."""
-    axis = 1 - weights.output_axis(case, where.output.name)
     columns = torch.arange(where.heads * where.size).view(where.size, where.heads).T.flatten()
     return Trial(
         key=f"{where.output} joined by channel",
         title=f"heads are joined channel by channel before '{where.output}', the first of every head, then "
         "the second",
-        fault=weights.fault([where.output], lambda w: w.index_select(axis, columns.to(w.device))),
+        fault=weights.inputs_in_order(case, where.output, columns),
         parameters={"parameter": str(where.output), "change": "joined by channel"},
         fix="join the heads whole, one after another: move the axis of heads before that of channels",
     )
@@ -307,8 +292,8 @@ def _usual(case: Case, part: weights.Part) -> Iterator[Trial]:
     length = _rows(case, part)
     usual = [("halves exchanged", [*range(length // 2, length), *range(length // 2)]), *_layouts(length)]
     for words, order in (*(usual if length % 2 == 0 else ()), ("in reverse", [*range(length)][::-1])):
-        change = _reordered(weights.output_axis(case, part.name), order, 1)
-        yield _trial(part, f"output {words}", f"has its output {words}", change, {})
+        change = _reordered(weights.output_axis(case, part.name), order)
+        yield _trial(part, f"output {words}", f"has its output {words}", change)
 
 
 def _rows(case: Case, part: weights.Part) -> int:
@@ -326,22 +311,15 @@ def _head_size(case: Case) -> int:
     return 0 if key is None or key.dim() != 4 else key.shape[3]
 
 
-def _reordered(axis: int, order: list[int], size: int) -> Callable[[Tensor], Tensor]:
-    rows = torch.tensor([o * size + i for o in order for i in range(size)])
-    return lambda w: w.index_select(axis, rows.to(w.device))
+def _reordered(axis: int, order: list[int]) -> Callable[[Tensor], Tensor]:
+    return lambda w: w.index_select(axis, torch.tensor(order, device=w.device))
 
 
-def _trial(
-    part: weights.Part,
-    key: str,
-    words: str,
-    change: Callable[[Tensor], Tensor],
-    parameters: dict[str, object],
-) -> Trial:
+def _trial(part: weights.Part, key: str, words: str, change: Callable[[Tensor], Tensor]) -> Trial:
     return Trial(
         key=f"{part} {key}",
         title=f"'{part}' {words}",
         fault=weights.fault([part], change),
-        parameters={"parameter": str(part), "change": key, **parameters},
+        parameters={"parameter": str(part), "change": key},
         fix=_FIX.format(name=part.name),
     )

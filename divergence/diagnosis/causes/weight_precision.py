@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from divergence.diagnosis import weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.embedded import embedded
 from divergence.diagnosis.hypotheses import Trial
+from divergence.emulation import HALVES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ID = "weight_precision"
 
@@ -31,7 +34,7 @@ def trials(case: Case) -> Iterator[Trial]:
 def _embedding(case: Case) -> Iterator[Trial]:
     """The embedding alone."""
     for found in embedded(case):
-        for precision, dtype in _HALVES:
+        for precision, dtype in HALVES.items():
             yield Trial(
                 key=f"{found.name} {precision}",
                 title=f"the embedding is rounded to {precision}",
@@ -41,13 +44,10 @@ def _embedding(case: Case) -> Iterator[Trial]:
             )
 
 
-_HALVES = (("bf16", torch.bfloat16), ("fp16", torch.float16))
-
-
 def _trials(words: str, parts: list[weights.Part], *, embedded: bool = False) -> Iterator[Trial]:
     """Parts, and what enters the layer where it is `embedded`, rounded; the key is the same in later
     layers, which nothing is embedded for."""
-    for precision, dtype in _HALVES:
+    for precision, dtype in HALVES.items():
         meant = "bf16-weights" if precision == "bf16" else precision
         function = through(dtype)
         fault = weights.fault(parts, function)
