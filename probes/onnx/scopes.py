@@ -6,8 +6,6 @@ the TorchScript exporter (`/model/layers.0/self_attn/MatMul`).
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,10 @@ if TYPE_CHECKING:
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _TRACE = "pkg.torch.onnx.stack_trace"
+# Names in a list as Python writes it. `ast` reads that too, but two threads that parse at once end in a
+# SystemError in some versions of Python (gh-106905), and one model is loaded while another runs.
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+_ESCAPED = re.compile(r"\\(.)")
 _NUMBERED = re.compile(r"^(?P<stem>.*?[A-Za-z])_?(?P<index>\d+)$")
 # A module's later calls: `layers.0@1` in metadata; `layers.0_1`, `layers.0/norm_1` in node names.
 _CALL = re.compile(r"@\d+(?=\.|$)|(?<=\.\d)_\d+(?=\.|$)|(?<=\.\d\d)_\d+(?=\.|$)")
@@ -80,8 +82,8 @@ def _path(node: NodeProto) -> list[str]:
     metadata = {p.key: p.value for p in node.metadata_props}
     names: list[str] = []
     if _SCOPES in metadata:
-        with contextlib.suppress(ValueError, SyntaxError):
-            names = [str(name) for name in ast.literal_eval(metadata[_SCOPES])]
+        quoted = _QUOTED.findall(metadata[_SCOPES])
+        names = [_ESCAPED.sub(r"\1", single or double) for single, double in quoted]
     if len(names) < 2 and "namespace" in metadata:
         names = [part.split(":")[0].strip() for part in metadata["namespace"].split("/")]
     return names if len(names) > 1 else []

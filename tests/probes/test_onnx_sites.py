@@ -5,6 +5,7 @@ Truth is taken from the module itself: forward hooks on its layers, and the cach
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from divergence.errors import ConfigurationError
 from divergence.probes.onnx import OnnxProbe
 from divergence.probes.onnx.names import declared_tensor
-from divergence.probes.onnx.scopes import find_layers
+from divergence.probes.onnx.scopes import find_layers, node_scopes
 from tests.exports import laid_out, observed
 from tests.models import MODELS, inputs_for
 from tests.smollm2 import quiet
@@ -258,3 +259,32 @@ def test_an_override_wins_and_a_wrong_one_names_the_nearest(tmp_path: Path) -> N
         OnnxProbe(tmp_path / "m.onnx", sites={"layers.0.hidden": "mm"})
     with pytest.raises(ConfigurationError, match="not a site"):
         OnnxProbe(tmp_path / "m.onnx", sites={"layer0": "m"})
+
+
+def scope_of(metadata: str) -> str | None:
+    """The module of a node whose exporter left `metadata` as the names of its scopes."""
+    node = helper.make_node("Neg", ["a"], ["b"], name="n")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=metadata)
+    return node_scopes([node], lambda name: None, lambda name: [])[0]
+
+
+@pytest.mark.parametrize("module", ["layers.0.attn", "it's", 'a "quote"', "both ' and \"", "back\\slash"])
+def test_scopes_are_read_as_python_writes_them(module: str) -> None:
+    assert scope_of(repr(["", "layers.0", module, "view"])) == module
+
+
+@pytest.mark.parametrize("metadata", ["", "[]", "['view']", "5", "[layers.0, view]", "['layers.0, view"])
+def test_metadata_that_names_no_module_gives_no_scope(metadata: str) -> None:
+    assert scope_of(metadata) is None
+
+
+def test_scopes_are_read_while_another_thread_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that use `ast` at once end in a SystemError in some versions of Python."""
+
+    def parse(*_: Any, **__: Any) -> None:
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    with monkeypatch.context() as patch:  # pytest itself parses what failed
+        patch.setattr(ast, "parse", parse)
+        scope = scope_of("['', 'layers.0', 'view']")
+    assert scope == "layers.0"
