@@ -104,7 +104,7 @@ def unhooked(module: nn.Module) -> Iterator[None]:
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     """Accelerate's hooks of a module that know a device."""
-    hook = getattr(module, "_hf_hook", None)
+    hook = module.__dict__.get("_hf_hook")  # asked by name, a module without one raises and catches an error
     for one in getattr(hook, "hooks", (hook,)):
         if hasattr(one, "execution_device"):
             yield one

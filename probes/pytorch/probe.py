@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -169,41 +169,44 @@ class PyTorchProbe:
     ) -> RunFacts:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
-        digests: list[Callable[[], str]] = []
         parameters = list(self.model.parameters())
         devices = dict.fromkeys(p.device for p in parameters if p.is_cuda)
         written = [torch.cuda.current_stream(device).record_event() for device in devices]
+        known: dict[str, Any] = {}
+        digests: list[Callable[[], str]] = []
+
+        def ran() -> None:
+            digests.append(fingerprint_started(named_weights(self.model), written))
+            known.update(self._known(parameters))
+
         order, outputs, notes = self.observe(
-            inputs,
-            sink,
-            detail=detail,
-            progress=progress,
-            record=record,
-            ran=lambda: digests.append(fingerprint_started(named_weights(self.model), written)),
+            inputs, sink, detail=detail, progress=progress, record=record, ran=ran
         )
-        # While a device is still at work.
-        training = training_note(self.source, self.model)
-        kept = [dtype_name(p.dtype) for p in parameters]
-        precision = coarsest([*kept, *map(dtype_name, self._autocast)])
-        details = {
-            "model": type(self.model).__name__,
-            "device": ", ".join(devices_of(self.model)) or "cpu",
-            "parameters": sum(p.numel() for p in parameters),
-            "layers": {stack.path: len(stack.layers) for stack in self.stacks},
-        }
         self._digest = digests[0]()
         return RunFacts(
             kind=self.kind,
             source=self.source,
             model_digest=self._digest,
-            precision=precision,
             stacks=order,
             versions={"torch": str(torch.__version__)},
-            notes=(*training, *notes),
+            notes=(*training_note(self.source, self.model), *notes),
             outputs=outputs,
-            details=details,
-            mixed={} if self._autocast else mixture(self.model, self.stacks, self._hidden),
+            **known,
         )
+
+    def _known(self, parameters: Sequence[nn.Parameter]) -> dict[str, Any]:
+        """Facts that need no device."""
+        kept = [dtype_name(p.dtype) for p in parameters]
+        return {
+            "precision": coarsest([*kept, *map(dtype_name, self._autocast)]),
+            "mixed": {} if self._autocast else mixture(self.model, self.stacks, self._hidden),
+            "details": {
+                "model": type(self.model).__name__,
+                "device": ", ".join(devices_of(self.model)) or "cpu",
+                "parameters": sum(p.numel() for p in parameters),
+                "layers": {stack.path: len(stack.layers) for stack in self.stacks},
+            },
+        }
 
     def observe(
         self,
@@ -215,8 +218,8 @@ class PyTorchProbe:
         record: bool = False,
         ran: Callable[[], None] = lambda: None,
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """`run` without the facts that take reading all weights; `ran` is called when the model has
-        returned, which is before a device is done.
+        """`run` without its facts; `ran` is called when the model has returned, which is before a device is
+        done: whatever takes time and needs no device is best done there.
 
         Returns:
             Names of the stacks in execution order, names of the outputs, notes.
@@ -243,9 +246,9 @@ class PyTorchProbe:
         observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
         with evaluating(self.model), observer:
             outputs = self._forward(inputs, refused)
-        ran()
         # Not the observer itself, which holds the last hidden states.
         self._autocast, self._hidden = observer.autocast, observer.hidden
+        ran()
         plain = dict(output_leaves(outputs))
         for name, tensor in plain.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
