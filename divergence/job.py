@@ -22,6 +22,7 @@ from divergence.result import Comparison, Policy
 from divergence.room import make_room
 from divergence.setting import Setting
 from divergence.sites import matches
+from divergence.sources import weights_of
 from divergence.taken_over import RETURNED, TAKEN_OVER
 from divergence.verdict import Judgement, conclusive, first_divergence, judge, overall
 
@@ -61,6 +62,7 @@ class Job:
         self.name = name
         self.notes: list[str] = []
         self._made: Replayer | None = None
+        self._weights: Mapping[str, Tensor] = {}
 
     def run(self, cand: object) -> Comparison:
         """Runs the candidate once and compares it.
@@ -80,6 +82,8 @@ class Job:
             self._floors_meanwhile(pytorch, probe)
         with Meanwhile(self.reference, exclude) as meanwhile:
             self.candidate = self.setting.record(probe, self.name, meanwhile)
+            if not released:
+                self._weights = weights_of(probe)
             del probe  # with its weights: the reference's may be needed again
             if released:
                 gc.collect()
@@ -270,8 +274,9 @@ class Job:
 
     def _diagnosed(self, result: Comparison, pytorch: PyTorchProbe, precision: str) -> Comparison:
         """`result` with the causes of its failing sites."""
-        from divergence.diagnosis import Given, Search
+        from divergence.diagnosis import Given, OwnWeights, Search
 
+        own = OwnWeights(pytorch.model, self._weights)
         given = Given(
             pytorch.model,
             {site.site: site for site in result.sites},
@@ -283,6 +288,7 @@ class Job:
             self.tolerance.ratio,
             self.candidate.facts,
             self.inputs,
+            own.of,
         )
         replayer = self._replayer(pytorch, precision)
         introduced = result.policy.judged == "introduced"

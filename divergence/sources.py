@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from divergence.captures import partial_of
 from divergence.config import Config, SourceConfig
@@ -200,6 +200,20 @@ def _pytorch(name: str, settings: SourceConfig, config: Config) -> Probe:
         return model
 
     return PyTorchProbe(load(), name, {ours: theirs for theirs, ours in settings.inputs.items()}, load=load)
+
+
+@runtime_checkable
+class Weighted(Protocol):
+    """A probe of a source that shows its weights."""
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """Weights by name, which hold nothing of the probe but them."""
+
+
+def weights_of(probe: Probe) -> Mapping[str, torch.Tensor]:
+    """The weights of what a probe runs, by name; empty where it shows none."""
+    inner = getattr(probe, "probe", probe)
+    return inner.weights() if isinstance(inner, Weighted) else {}
 
 
 class Renamed:

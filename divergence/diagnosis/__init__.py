@@ -7,6 +7,7 @@ the candidate's error such a fault explains decides between them.
 from __future__ import annotations
 
 from divergence.diagnosis.case import Given
+from divergence.diagnosis.own import OwnWeights
 from divergence.diagnosis.search import Found, Search
 
-__all__ = ["Found", "Given", "Search"]
+__all__ = ["Found", "Given", "OwnWeights", "Search"]

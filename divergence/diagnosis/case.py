@@ -49,6 +49,7 @@ class Given:
         limit: error over floor above which a site fails.
         facts: of the candidate's run.
         inputs: the model's.
+        own: the candidate's weight in the place of a parameter of the reference, or None.
     """
 
     model: nn.Module
@@ -61,6 +62,7 @@ class Given:
     limit: float
     facts: RunFacts
     inputs: Mapping[str, Tensor]
+    own: Callable[[Tensor], Tensor | None] = lambda _: None
 
 
 @dataclass(frozen=True)

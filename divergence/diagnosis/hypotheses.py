@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from divergence.diagnosis.case import Case, Fit, Given
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.estimate import estimate
+from divergence.diagnosis.weights import is_untouched
 
 Build = Callable[[float], Fault]
 
@@ -128,7 +129,8 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
     fit = case.fit(fault)
     if fit.explained == 0.0 and not case.nonfinite:
         return None
-    if trial.exact(value) and not case.leaves_rounding(fit):
+    exact = trial.exact(value) or (fault.parameters and all(is_untouched(case, n) for n in fault.parameters))
+    if exact and not case.leaves_rounding(fit):
         fit = replace(fit, convincing=False)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
 

@@ -87,11 +87,10 @@ def unknown(case: Case, tried: Sequence[Tried]) -> Cause:
         evidence.append(f"closest of {len(tried)} causes tried: {', '.join(closest)} of the error explained")
     else:
         evidence.append(f"none of {len(tried)} causes tried explains any of the error")
-    return Cause(
-        "unknown",
-        "no known cause explains more than half of the error",
-        tuple(evidence),
-        None,
-        f"replay {case.at} alone with --repro DIR, and compare inside the layer with --detail",
-        str(case.at),
-    )
+    title = "no known cause explains more than half of the error"
+    fix = f"replay {case.at} alone with --repro DIR, and compare inside the layer with --detail"
+    others = None if case.nonfinite else narrow.other_weights(case)
+    if others is not None:
+        title, fix = others.title, others.fix
+        evidence.insert(0, others.evidence)
+    return Cause("unknown", title, tuple(evidence), None, fix, str(case.at))

@@ -10,6 +10,7 @@ import torch
 
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Change, Fault
+from divergence.diagnosis.own import is_same
 from divergence.diagnosis.trace import PIECES
 from divergence.sites import KEYS_AND_VALUES
 
@@ -168,6 +169,55 @@ def inputs_in_order(case: Case, part: Part, columns: Tensor) -> Fault:
 def parameters(case: Case) -> Mapping[str, Tensor]:
     """The unit's parameters by name."""
     return dict(case.unit.module.named_parameters())
+
+
+def own(case: Case, name: str) -> Tensor | None:
+    """The candidate's weight in the place of the unit's parameter `name`, or None where it shows none."""
+    known = f"own {name}"
+    if known not in case.memory:
+        case.memory[known] = case.given.own(parameters(case)[name])
+    found: Tensor | None = case.memory[known]
+    return found
+
+
+def is_untouched(case: Case, name: str) -> bool:
+    """Whether the candidate is known to hold the reference's parameter `name`."""
+    return _is_same(case, name) is True
+
+
+def touched(case: Case) -> list[str]:
+    """Parameters that the site depends on and the candidate is known to hold others for."""
+    reaching = case.trace.reaching(case.tensor)
+    return [name for name in parameters(case) if name in reaching and _is_same(case, name) is False]
+
+
+def _is_same(case: Case, name: str) -> bool | None:
+    """Whether the candidate holds the parameter `name`; None where it shows none."""
+    known = f"same {name}"
+    if known not in case.memory:
+        shown = own(case, name)
+        case.memory[known] = None if shown is None else is_same(parameters(case)[name], shown)
+    found: bool | None = case.memory[known]
+    return found
+
+
+def held(case: Case, names: Iterable[str]) -> dict[str, Tensor]:
+    """The candidate's weights by name, those that it shows."""
+    return {name: found for name in names if (found := own(case, name)) is not None}
+
+
+def in_place(replacing: Mapping[str, Tensor]) -> Fault:
+    """The fault of other weights in the place of the unit's."""
+    return Fault(parameters={name: _instead(tensor) for name, tensor in replacing.items()})
+
+
+def _instead(tensor: Tensor) -> Change:
+    return lambda parameter: tensor.to(parameter.dtype)
+
+
+def each_and_all(names: list[str]) -> list[list[str]]:
+    """Every name alone, then all together."""
+    return [[name] for name in names] + ([names] if len(names) > 1 else [])
 
 
 def _named(case: Case, axes: int) -> list[str]:

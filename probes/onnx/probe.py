@@ -33,6 +33,7 @@ from divergence.probes.onnx.scaling import settle_scales
 from divergence.probes.onnx.session import Session, check_provider
 from divergence.probes.onnx.unseen import unseen_infinities
 from divergence.probes.onnx.values import match_values, sizes_wanted
+from divergence.probes.onnx.weights import OnnxWeights
 from divergence.sites import Site
 
 _NO_SITES = (
@@ -219,6 +220,10 @@ class OnnxProbe:
             outputs=tuple(dict.fromkeys(found.site.tensor for found in outputs)),
             details=self._details(wanted),
         )
+
+    def weights(self) -> OnnxWeights:
+        """Weights by the names of initializers and modules; see `divergence.sources.Weighted`."""
+        return OnnxWeights(self._model, self._graph)
 
     def _prepare(
         self, inputs: Mapping[str, torch.Tensor], progress: Progress

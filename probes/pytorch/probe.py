@@ -122,6 +122,10 @@ class PyTorchProbe:
         """Whether the module runs on a CUDA device."""
         return self.device.type == "cuda"
 
+    def weights(self) -> dict[str, Tensor]:
+        """The module's parameters by name; see `divergence.sources.Weighted`."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
     def release(self) -> bool:
         """Lets go of the module until it is asked for again. Returns whether it could."""
         if self._load is None:

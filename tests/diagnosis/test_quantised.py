@@ -91,6 +91,39 @@ def test_a_cache_of_few_bits_is_named(change: Change, cause: str, said: str) -> 
     assert found.explained > 0.999
 
 
+def fixed(step: float, low: int = -128, high: int = 127) -> Change:
+    return lambda tensor: torch.fake_quantize_per_tensor_affine(tensor, step, 0, low, high)
+
+
+def fixed_float(scale: float) -> Change:
+    return lambda tensor: (tensor / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(tensor.dtype) * scale
+
+
+@pytest.mark.parametrize(
+    ("change", "cause", "said", "step", "cuts"),
+    [
+        (fixed(0.05), "quant_int8", "int8 with a step of 0.05", 0.05, False),
+        (fixed(0.01), "quant_int8", "int8 with a step of 0.01", 0.01, True),
+        (fixed(0.013, -100, 155), "quant_int8", "int8 with a step of 0.013", 0.013, True),
+        (fixed_float(0.1), "quant_fp8", "float8 e4m3 with a scale of", None, False),
+        (fixed_float(0.002), "quant_fp8", "float8 e4m3 with a scale of 0.002", 0.002, True),
+    ],
+)
+def test_a_cache_of_a_fixed_range_is_named_with_its_step(
+    change: Change, cause: str, said: str, step: float | None, cuts: bool
+) -> None:
+    result = diagnosed(
+        Cached(llama(3, **SIZES)), Cached(llama(3, **SIZES), change), inputs_for("llama", tokens=24)
+    )
+    (found,) = result.causes
+    assert (found.id, found.site) == (cause, "layers.0.key")
+    assert found.title.startswith(f"keys and values went through {said}")
+    assert ("cut off" in found.title) is cuts is (found.parameters["beyond"] > 0)
+    assert step is None or found.parameters["step"] == pytest.approx(step, rel=1e-3)
+    assert found.explained is not None
+    assert found.explained > 0.999
+
+
 class HandsOut(nn.Module):
     """A model that returns its keys and values, rounded where attention has read them already."""
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import quantised, weights
+from divergence.diagnosis import grids, quantised, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.hypotheses import Trial
 
@@ -30,6 +30,8 @@ def _format(name: str, dtype: torch.dtype) -> quantised.Format:
         quantised.scaled(largest, cast),
         "scale keys, values and inputs to the format's range, each head or token by itself",
         cast,
+        grid=partial(grids.floats, dtype=dtype),
+        largest=largest,
     )
 
 
@@ -63,6 +65,7 @@ def trials(case: Case) -> Iterator[Trial]:
                     "calibration and the layers excluded from fp8",
                 )
     for name, format_ in _FORMATS.items():
+        yield from quantised.kept(case, format_)
         # e5m2 is for gradients
         yield from quantised.trials(case, format_, multiplied=name == "e4m3")
 

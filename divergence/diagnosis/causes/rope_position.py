@@ -93,6 +93,7 @@ def _frequencies(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
             + (f", and its cosines and sines {size:.3g} times" if amplitude != found.amplitude else ""),
             fault=changed_too.with_angles(changed_too.angles(found.positions, spread)),
             parameters={"factors": [round(factor, 6) for factor in factors], "amplitude": amplitude},
+            exact=lambda _: True,  # with a factor for each frequency, part of any error is explained
             fix="scale the frequencies as the reference's configuration says (rope_scaling, rope_parameters: "
             "rope_type, factor, original_max_position_embeddings; llama3, yarn, longrope, linear)",
         )
