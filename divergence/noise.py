@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,13 @@ def _median(errors: np.ndarray[Any, Any]) -> float:
     return float(np.median(found)) if found.size else 0.0
 
 
+_SUSPECT = 32.0
+"""Times the least floor from which one may be no rounding."""
+
+_SAME = 16.0
+"""Times the least floor of its own precision up to which two runs of a reference are the same."""
+
+
 MaskOf = Callable[["Site", "Tensor"], "Tensor | None"]
 
 
@@ -103,7 +110,7 @@ def measure(
     """Runs the reference once more in `precision` and compares as it goes; nothing is stored.
 
     Raises:
-        SourceError: the reference cannot run in that precision.
+        SourceError: the reference cannot run in that precision, or gives something else every time.
     """
     from divergence.emulation import cast, reduced
 
@@ -133,4 +140,41 @@ def measure(
             f"the reference cannot run in {run_in} for the noise floor ({one_line(error)}); "
             "judge by absolute limits (--tolerance rel_l2=1e-2) or give --floor SRC"
         ) from error
+    most = _SUSPECT * Floor.least(precision).rel_l2
+    suspect = {site for site, floor in floors.items() if floor.rel_l2 > most}
+    if suspect:
+        _check_repeatable(probe, inputs, reference, suspect, mask_of, detail=detail)
     return floors
+
+
+def _check_repeatable(
+    probe: PyTorchProbe,
+    inputs: Mapping[str, Tensor],
+    reference: Capture,
+    suspect: Collection[Site],
+    mask_of: MaskOf,
+    *,
+    detail: bool,
+) -> None:
+    """Runs the reference once more as it is: what differs between two equal runs is no rounding, and as a
+    floor it would hide whatever is wrong with a candidate.
+
+    Raises:
+        SourceError: it differs at one of `suspect`.
+    """
+    same = _SAME * Floor.least(reference.facts.precision or "fp32").rel_l2
+
+    def compare(seen: Observation) -> None:
+        entry = reference.entries.get(seen.site)
+        if seen.site not in suspect or entry is None or entry.shape != tuple(seen.tensor.shape):
+            return
+        ref = reference.tensor(seen.site)
+        error = compare_tensors(ref, seen.tensor, axes=entry.axes, mask=mask_of(seen.site, ref)).rel_l2
+        if error is not None and not error <= same:
+            raise SourceError(
+                f"{probe.source}: gives something else when it is run again ({seen.site}: relative error "
+                f"{error:.2g}), so nothing can be judged by it; seed what is random in its forward, and have "
+                "it keep no state from call to call"
+            )
+
+    probe.observe(inputs, compare, detail=detail)

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from divergence.around import Around, Tensors
 from divergence.comparison import compare_tensors
-from divergence.emulation import cast, mapped, reduced
+from divergence.emulation import cast, reduced
 from divergence.errors import one_line
 from divergence.introduced import Introduced, ReplayResult
 from divergence.noise import Floor, MaskOf, emulated
@@ -24,17 +25,13 @@ from divergence.precision import coarsest, coarsest_of, dtype_name
 from divergence.probes import EMBEDDING, HEAD, Observation, Progress, silent
 from divergence.probes.pytorch.caches import caches_in, put_cached
 from divergence.probes.pytorch.layer_call import (
-    Beside,
-    CallKey,
     LayerCall,
-    floating_beside,
     replaced,
     snapshot,
-    with_first_tensor,
 )
-from divergence.probes.pytorch.observer import LayerObserver, wrapped
+from divergence.probes.pytorch.observer import LayerObserver, without_hooks
 from divergence.probes.pytorch.placement import device_of
-from divergence.probes.pytorch.probe import evaluating, output_leaves
+from divergence.probes.pytorch.probe import evaluating
 from divergence.sites import Site
 
 if TYPE_CHECKING:
@@ -43,7 +40,6 @@ if TYPE_CHECKING:
     from divergence.probes.pytorch import PyTorchProbe
 
 
-Tensors = Callable[[Site], "Tensor | None"]
 _SUSPECT = 2.0
 """Times its floor from which an introduced error may come from a layer that cannot be run again."""
 
@@ -65,6 +61,9 @@ class Replayer:
         precision: the candidate's.
         axes_of, mask_of: axes and valid tokens of a site's tensor.
         mixed: precisions of the candidate's parts, where they differ (`divergence.probes.RunFacts`).
+
+    Attributes:
+        around: runs what lies outside the layers.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Replayer:
         mixed: Mapping[str, str] | None = None,
     ) -> None:
         self._probe = probe
-        self._inputs = inputs
+        self.around = Around(probe, inputs, reference, candidate)
         self._reference = reference
         self._candidate = candidate
         self._precision = precision
@@ -90,9 +89,6 @@ class Replayer:
         self._mask_of = mask_of
         self._device = device_of(probe.model)
         self._dtype = next(probe.model.parameters()).dtype
-        self._starts: dict[tuple[str, int], Tensor] | None = None
-        self._outputs: dict[str, Tensor] = {}
-        self._beside: dict[CallKey, Beside] = {}
         self._repeatable: set[tuple[type, ...]] = set()
 
     def run(self, progress: Progress = silent) -> ReplayResult:
@@ -120,7 +116,7 @@ class Replayer:
         if hidden is None:
             return {}
         precision = self.precision_of(site)
-        exact = self.run_layer(call, hidden, None)
+        exact = self.run_layer(call, hidden.clone(), None)  # which may write into it
         rough = self.run_layer(call, hidden, emulated(self._own, precision))
         found = self._introduced(
             {site.with_tensor(tensor): value for tensor, value in exact.items()},
@@ -150,9 +146,12 @@ class Replayer:
         """Whether the layer gives what it gave when it is run on what it was run on. Layers built alike are
         taken to be alike in that."""
         built = tuple(type(module) for module in call.module.modules())
-        hidden = self._input_of(call, self._reference, {})
+        hidden = call.first_input
+        if hidden is None and call.layer > 0:
+            hidden = self._reference(Site(call.layer - 1, "hidden", call.stack, call.call))
         if hidden is None or built in self._repeatable:
             return True
+        hidden = self._copied(call, hidden)
         least = Floor.least(coarsest([dtype_name(self._dtype)]) or "fp32")
         for tensor, value in self.run_layer(call, hidden, None, as_recorded=True).items():
             site = call.site.with_tensor(tensor)
@@ -167,30 +166,21 @@ class Replayer:
         return True
 
     def input_of(self, call: LayerCall) -> Tensor | None:
-        """The candidate's own input to the layer `[batch, token, channel]`, None where it shows none."""
-        return self._input_of(call, self._candidate, self.starts if call.layer == 0 else {})
-
-    @property
-    def starts(self) -> Mapping[tuple[str, int], Tensor]:
-        """The candidate's own input of each stack's first layer by stack and call; none where what lies
-        outside the layers cannot be run on recorded ones."""
-        if self._starts is None:
-            self._starts = {}
-            with contextlib.suppress(Exception):
-                self._look_around()
-        return self._starts
-
-    def _input_of(
-        self, call: LayerCall, tensors: Tensors, starts: Mapping[tuple[str, int], Tensor]
-    ) -> Tensor | None:
+        """The candidate's own input to the layer `[batch, token, channel]`, None where it shows none: what
+        the reference makes of the candidate's output of the layer before, for most models nothing."""
         if call.hidden_at is None:
             return None
-        if call.layer == 0:
-            hidden = starts.get((call.stack, call.call), call.first_input)
-        else:
-            hidden = tensors(Site(call.layer - 1, "hidden", call.stack, call.call))
+        before = None
+        if call.layer > 0:
+            before = self._candidate(Site(call.layer - 1, "hidden", call.stack, call.call))
+            if before is None:
+                return None
+        hidden = self.around.starts.get(call.key)
         if hidden is None:
-            return None
+            hidden = call.first_input if call.layer == 0 else before if call.follows else None
+        return None if hidden is None else self._copied(call, hidden)
+
+    def _copied(self, call: LayerCall, hidden: Tensor) -> Tensor:
         # A copy: a layer may write into its input, and captures are read again.
         return hidden.to(call.device_in or self._device, self._dtype, copy=True)
 
@@ -208,7 +198,7 @@ class Replayer:
 
         Args:
             call: which layer, and its other arguments.
-            hidden: its input.
+            hidden: its input, which the layer may write into.
             run_in: precision to run it in, None for its own.
             within: entered around the call of the layer.
             seen: told of each tensor as it becomes known.
@@ -223,7 +213,7 @@ class Replayer:
 
         assert call.hidden_at is not None
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
-        for at, tensor in () if as_recorded else self._beside_of(call).items():
+        for at, tensor in () if as_recorded else self.around.beside(call).items():
             args, kwargs = replaced(args, kwargs, at, tensor)
         args = tuple(snapshot(value) for value in args)
         kwargs = {name: snapshot(value) for name, value in kwargs.items()}
@@ -233,6 +223,8 @@ class Replayer:
         stacks = [stack for stack in self._probe.stacks if stack.name == call.stack]
         with contextlib.ExitStack() as active:
             active.enter_context(LayerObserver(stacks, keep, only=call.layer))
+            # The arguments are what they made of them.
+            active.enter_context(without_hooks([call.module], before=True))
             if run_in is not None:
                 active.enter_context(reduced([call.module], run_in))
             if within is not None:
@@ -250,141 +242,32 @@ class Replayer:
     def _outside(self, notes: list[str]) -> dict[Site, Introduced]:
         """Runs the model around its layers, on the candidate's hidden states: the model's outputs."""
         try:
-            self._look_around()
+            self.around.look()
             precision = self.precision_of(Site.output(""))
-            _, rough = self.run_outside(emulated(self._own, precision))
+            _, rough = self.around.run(emulated(self._own, precision))
         except Exception as error:
             # The model does something with its layers' outputs that recorded ones do not allow.
             notes.append(
                 f"what lies outside the layers could not be replayed ({one_line(error)}); "
                 "its error is judged cumulatively"
             )
-            self._starts = {}
+            self.around.give_up()
             return {}
         # An output that what the candidate's layers gave leaves as it was does not follow from it (but from
         # a cache beside them, say): its error stays cumulative.
-        exact = {name: value for name, value in self._outputs.items() if not self._untouched(name, value)}
-        self._outputs = {}  # logits may be large
+        exact = {
+            name: value for name, value in self.around.outputs.items() if not self._untouched(name, value)
+        }
+        self.around.outputs = {}  # logits may be large
         return self._introduced(
             {Site.output(n): v for n, v in exact.items()},
             {Site.output(n): v for n, v in rough.items()},
             precision,
         )
 
-    def _look_around(self) -> None:
-        """Runs the model around its layers on the candidate's hidden states and keeps what they make of the
-        inputs of stacks, of the model's outputs, and of what layers are given beside their hidden input."""
-        given: dict[CallKey, Beside] = {}
-        self._starts, self._outputs = self.run_outside(None, given=given)
-        calls = {call.key: call for call in self._probe.calls}
-        differing = {
-            key: {at: t for at, t in beside.items() if not _equal(t, calls[key].argument(at))}
-            for key, beside in given.items()
-        }
-        if not any(differing.values()):
-            return
-        # Where an argument follows from something else besides, as from a cache that no layer has filled
-        # here, the reference's hidden states do not make it what it was.
-        recorded: dict[CallKey, Beside] = {}
-        with contextlib.suppress(Exception):
-            self.run_outside(None, given=recorded, hidden_of=self._reference)
-        self._beside = {
-            key: {
-                at: t
-                for at, t in beside.items()
-                if _equal(recorded.get(key, {}).get(at), calls[key].argument(at))
-            }
-            for key, beside in differing.items()
-        }
-
-    def _beside_of(self, call: LayerCall) -> Beside:
-        _ = self.starts
-        return self._beside.get(call.key, {})
-
-    def _handed_on(self, output: Any, site: Site) -> Any:
-        """What a layer returned, with the candidate's key and value in place of the reference's: a model
-        that hands them out as its own outputs then adds no error of its own to them."""
-        held = []
-        for tensor in ("key", "value"):
-            ref, cand = (take(site.with_tensor(tensor)) for take in (self._reference, self._candidate))
-            if ref is not None and cand is not None and ref.shape == cand.shape:
-                held.append((ref, cand))
-
-        def answered(value: Tensor) -> Tensor:
-            for ref, cand in held:
-                if value.shape == ref.shape and torch.equal(value.cpu(), ref):
-                    return cand.to(value.device, value.dtype)
-            return value
-
-        return mapped(output, answered) if held and not isinstance(output, torch.Tensor) else output
-
     def _untouched(self, name: str, value: Tensor) -> bool:
         reference = self._reference(Site.output(name))
         return reference is not None and torch.equal(value.cpu(), reference)
-
-    def run_outside(
-        self,
-        run_in: str | None,
-        *,
-        within: contextlib.AbstractContextManager[object] | None = None,
-        seen: Callable[[Tensor], None] | None = None,
-        hidden_of: Tensors | None = None,
-        given: dict[CallKey, Beside] | None = None,
-    ) -> tuple[dict[tuple[str, int], Tensor], dict[str, Tensor]]:
-        """Runs the model with its layers replaced by the candidate's hidden states.
-
-        Args:
-            run_in: precision to run it in, None for its own.
-            within: entered around the call of the model.
-            seen: told of each hidden state before the model sees it.
-            hidden_of: other hidden states than the candidate's.
-            given: takes what each layer was given beside its hidden input.
-
-        Returns:
-            The input of each stack's first layer by stack and call, and the model's outputs by name.
-        """
-        starts: dict[tuple[str, int], Tensor] = {}
-        recorded = {(c.stack, c.layer, c.call): c for c in self._probe.calls}
-        counts: dict[tuple[str, int], int] = {}
-
-        def stub(stack: str, layer: int) -> Callable[..., Any]:
-            def call(_: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-                count = counts[stack, layer] = counts.get((stack, layer), 0) + 1
-                record = recorded[stack, layer, count]
-                if given is not None:
-                    given[stack, layer, count] = floating_beside(args, kwargs, record.hidden_at)
-                if layer == 0 and record.hidden_at is not None:
-                    at = record.hidden_at
-                    starts[stack, count] = args[at] if isinstance(at, int) else kwargs[at]
-                site = Site(layer, "hidden", stack, count)
-                hidden = (hidden_of or self._candidate)(site)
-                hidden = self._reference(site) if hidden is None else hidden
-                if hidden is None:
-                    raise LookupError(f"no hidden state at {site}")
-                hidden = hidden.to(record.device_out or self._device, self._dtype, copy=True)
-                hidden = hidden if run_in is None else cast(hidden, run_in)
-                if seen is not None:
-                    seen(hidden)
-                return self._handed_on(with_first_tensor(record.output, hidden), site)
-
-            return call
-
-        model = self._probe.model
-        inputs = {name: tensor.to(self._device) for name, tensor in self._probe.own(self._inputs).items()}
-        with contextlib.ExitStack() as active:
-            active.enter_context(evaluating(model))
-            active.enter_context(torch.inference_mode())
-            layers = [layer for stack in self._probe.stacks for layer in stack.layers]
-            if run_in is not None:
-                active.enter_context(reduced(layers, run_in, rest=model))
-                inputs = cast(inputs, run_in)
-            for stack in self._probe.stacks:
-                for index, layer in enumerate(dict.fromkeys(stack.layers)):
-                    active.enter_context(wrapped(layer, stub(stack.name, index)))
-            if within is not None:
-                active.enter_context(within)
-            outputs = model(**inputs)
-        return starts, dict(output_leaves(outputs))
 
     def _introduced(
         self, exact: Mapping[Site, Tensor], rough: Mapping[Site, Tensor], precision: str
@@ -401,9 +284,3 @@ class Replayer:
             metrics = compare_tensors(value, candidate, axes=axes, mask=mask)
             found[site] = Introduced(metrics, floor)
         return found
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
-        return False
-    return one is other or (one.device == other.device and torch.equal(one, other))

@@ -74,8 +74,19 @@ def judge(
             "fail",
             f"{only_candidate} of {metrics.elements} values are NaN or Inf where the reference's are finite",
         )
+    if metrics.unlike_inf:
+        return Judgement(
+            "fail",
+            f"{metrics.unlike_inf} of {metrics.elements} values are others where the reference's are Inf",
+        )
     if metrics.compared == 0:
         return Judgement("error", "no position is finite on both sides")
+    if metrics.unlike_nan:
+        return Judgement(
+            "error",
+            f"the reference is NaN at {metrics.unlike_nan} of {metrics.elements} values where the candidate "
+            "is not: mend the reference, mask these tokens (attention_mask), or exclude the site",
+        )
     if metrics.bit_equal:
         return Judgement("pass", "equal to the bit")
     by_limits = _by_limits(metrics, introduced, tolerance.limits(site))

@@ -24,7 +24,15 @@ import torch
 from divergence.comparison import kernel, loops
 from divergence.comparison.kernel import Box, Mask, Results
 from divergence.comparison.loops import Pool, Side
-from divergence.comparison.metrics import PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
+from divergence.comparison.metrics import (
+    PROFILE_ENTRIES,
+    Floats,
+    Metrics,
+    Scan,
+    arrange,
+    assemble,
+    with_unlike,
+)
 from divergence.comparison.views import Form, Operands, byte_values, operands
 from divergence.errors import AlignmentError
 from divergence.shards import release
@@ -84,7 +92,8 @@ def compare(
     box = box or (BOX if given.ref.numel() <= MANY else LARGE_BOX)
     for found in _results(total, list(_boxes(given, box)), threads):
         total.add(found)
-    return assemble(total.scan(), arrange(given.form, total.token.sums, total.head.sums, total.channel.sums))
+    sums = arrange(given.form, total.token.sums, total.head.sums, total.channel.sums)
+    return with_unlike(assemble(total.scan(), sums), given)
 
 
 @dataclass(frozen=True)

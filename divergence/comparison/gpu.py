@@ -18,7 +18,16 @@ import torch
 
 from divergence.comparison import triton_parts as kernel
 from divergence.comparison.matrix import Matrix, pair_of, stored, table
-from divergence.comparison.metrics import EXPONENTS, PROFILE_ENTRIES, Floats, Metrics, Scan, arrange, assemble
+from divergence.comparison.metrics import (
+    EXPONENTS,
+    PROFILE_ENTRIES,
+    Floats,
+    Metrics,
+    Scan,
+    arrange,
+    assemble,
+    with_unlike,
+)
 from divergence.comparison.tiling import COLUMN_BYTES, ROW_BYTES, Launch, Plan, Tiling, suitable
 from divergence.comparison.triton_kernel import compare as compare_matrices
 from divergence.comparison.views import operands
@@ -54,7 +63,7 @@ def compare(
         from divergence.comparison import cpu
 
         return cpu.compare(ref, cand, axes=axes, mask=mask, entries=entries)
-    return results.metrics()
+    return with_unlike(results.metrics(), operands(ref, cand, axes, mask))
 
 
 def launch(

@@ -18,13 +18,14 @@ to [-1, 1], which undoes rounding only (Cauchy-Schwarz). Squares of float64 valu
 overflow: norms and relative errors are then inf and the cosine is None, never a good figure.
 
 Non-finite values are counted first. A position where either side is not finite enters no other
-figure; equal infinities are counted on both sides.
+figure; equal infinities are counted on both sides. Where the reference is not finite, the candidate should
+be the same: an Inf of the same sign, or NaN.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from divergence.result import Profile
 if TYPE_CHECKING:
     import torch
 
-    from divergence.comparison.views import Form, Values
+    from divergence.comparison.views import Form, Operands, Values
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -114,6 +115,8 @@ class Metrics:
         padded_max_abs: largest difference of finite values at padded tokens; None if there are none.
         token, head, channel: relative L2 errors, shaped as in `Sums`; NaN where nothing was compared.
         sums: what they were computed from.
+        unlike_inf, unlike_nan: numbers of Inf, and of NaN, in the reference at valid tokens where the
+            candidate is something else.
         error_exponents: histogram of |c - r| over the elements compared, `[2048]`: entry k counts
             2^(k - 1023) <= |c - r| < 2^(k - 1022), the exponents of float64. Entry 0 counts what is
             smaller than 2^-1022, zeros included, and entry 2047 what overflowed.
@@ -143,6 +146,8 @@ class Metrics:
     channel: Floats = field(repr=False)
     sums: Sums = field(repr=False)
     error_exponents: Counts = field(repr=False)
+    unlike_inf: int = 0
+    unlike_nan: int = 0
 
     def error_percentile(self, percent: float) -> float | None:
         """What `percent` of the elements compared are not off by more than.
@@ -290,6 +295,24 @@ def assemble(scan: Scan, sums: Sums) -> Metrics:
     )
 
 
+def with_unlike(metrics: Metrics, given: Operands) -> Metrics:
+    """`metrics` of `given` with what becomes of the reference's NaN and Inf, for which only tensors that hold
+    some are looked through once more, a head at a time."""
+    if not metrics.ref_nonfinite or metrics.bit_equal:
+        return metrics
+    form = given.form
+    left, right = (form.view(t).flatten(1, -3) for t in (given.ref, given.cand))
+    infinite = not_a_number = 0
+    for batch, head in np.ndindex(*form.pooled[:2]):
+        r, c = left[batch, head].double(), right[batch, head].to(left.device).double()
+        if given.mask is not None:
+            here = given.mask[batch].to(r.device)
+            r, c = r[here], c[here]
+        infinite += int((r.isinf() & (c != r)).sum())
+        not_a_number += int((r.isnan() & ~c.isnan()).sum())
+    return replace(metrics, unlike_inf=infinite, unlike_nan=not_a_number)
+
+
 def reference_metrics(
     ref: Values,
     cand: Values,
@@ -332,7 +355,11 @@ def reference_metrics(
         error_exponents=np.bincount(diff[used].view(np.int64) >> 52, minlength=EXPONENTS),
     )
     kept = ([x.sum(over) for x in summed] for over in ((1, 3), (0, 2, 3), (0, 2)))
-    return assemble(scan, arrange(form, *(_pooled(x, entries) for x in kept)))
+    return replace(
+        assemble(scan, arrange(form, *(_pooled(x, entries) for x in kept))),
+        unlike_inf=int((valid & np.isinf(r) & (r != c)).sum()),
+        unlike_nan=int((valid & np.isnan(r) & ~np.isnan(c)).sum()),
+    )
 
 
 def arrange(form: Form, token: Floats, head: Floats, channel: Floats) -> Sums:

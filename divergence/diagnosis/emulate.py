@@ -76,12 +76,11 @@ class LayerUnit:
             trace: records the operators.
             reuse: what operators return instead of being computed, by number.
         """
-        hidden = self.hidden
+        hidden = self.hidden.clone()  # a layer may write into it
         for fault in faults:
             hidden = hidden if fault.hidden is None else fault.hidden(hidden)
         with faulty(self.module, faults, trace, reuse) as mode:
             if trace is not None:
-                hidden = hidden.view_as(hidden)  # its own identity: the trace follows it
                 trace.mark_input(hidden)
             seen = trace.mark_site if trace is not None and self._after is None else None
             tensors = self._replayer.run_layer(self.call, hidden, None, within=mode, seen=seen)
@@ -114,7 +113,7 @@ class OutsideUnit:
         """The model's outputs by name; arguments as of `LayerUnit.run`."""
         with faulty(self.module, faults, trace, reuse) as mode:
             seen = trace.mark_input if trace is not None else None
-            _, tensors = self._replayer.run_outside(None, within=mode, seen=seen)
+            _, tensors = self._replayer.around.run(None, within=mode, seen=seen)
         for fault in faults:
             tensors = tensors if fault.outputs is None else fault.outputs(tensors)
         return tensors

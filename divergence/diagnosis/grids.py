@@ -109,7 +109,7 @@ def _rounding(tensor: Tensor) -> float:
 
 def _sizes(row: Tensor) -> Tensor:
     """The magnitudes that occur but for zero, smallest first; none where a value is not finite."""
-    sizes = row.abs().unique()
+    sizes: Tensor = row.abs().unique()
     return sizes[sizes > 0] if bool(sizes.isfinite().all()) else sizes[:0]
 
 

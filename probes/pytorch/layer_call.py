@@ -29,8 +29,9 @@ class LayerCall:
         module: the layer.
         args, kwargs: what it was called with; the hidden input is taken out.
         hidden_at: where the hidden input belongs: position in `args` or name in `kwargs`.
-        first_input: the hidden input itself, kept for the first layer of a stack only
-            `[batch, token, channel]`.
+        first_input: the hidden input itself `[batch, token, channel]`, kept for the first layer of a stack,
+            and for those that do not follow the one before.
+        follows: whether the hidden input is what the layer before returned.
         output: what it returned; the hidden output is taken out.
         device_in, device_out: where the hidden input and output were; layers may lie on several devices.
     """
@@ -43,6 +44,7 @@ class LayerCall:
     kwargs: dict[str, Any]
     hidden_at: int | str | None = None
     first_input: Tensor | None = None
+    follows: bool = False
     output: Any = None
     device_in: torch.device | None = None
     device_out: torch.device | None = None
@@ -66,7 +68,7 @@ class LayerCall:
 
 def first_tensor(output: Any) -> Tensor | None:
     """The hidden state in what a layer returned: the tensor itself, a field of that name, or the
-    first tensor of a sequence or mapping."""
+    first tensor of a sequence, of a mapping, or among the attributes of an object."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -76,7 +78,8 @@ def first_tensor(output: Any) -> Tensor | None:
         output = tuple(output.values())
     if isinstance(output, tuple | list):
         return next((value for value in output if isinstance(value, Tensor)), None)
-    return None
+    attributes = getattr(output, "__dict__", None)
+    return first_tensor(attributes) if isinstance(attributes, dict) else None
 
 
 def with_first_tensor(output: Any, tensor: Tensor | None) -> Any:
@@ -90,8 +93,12 @@ def with_first_tensor(output: Any, tensor: Tensor | None) -> Any:
         replacement = copy.copy(output)
         replacement[name] = tensor  # type: ignore[index]
         return replacement
+    if not isinstance(output, tuple | list):
+        made = copy.copy(output)
+        made.__dict__.update(with_first_tensor(vars(output), tensor))
+        return made
     index = next(i for i, v in enumerate(output) if isinstance(v, Tensor) or v is None)
-    values = [tensor if i == index else v for i, v in enumerate(output)]
+    values: list[Any] = [tensor if i == index else v for i, v in enumerate(output)]
     if hasattr(output, "_fields"):
         return type(output)(*values)
     return type(output)(values)

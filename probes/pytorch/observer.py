@@ -2,14 +2,16 @@
 
 The forward of every layer is wrapped for the duration (an attribute of the instance, removed
 again whatever happens), rather than hooked: hooks switch off the fused path of
-`nn.TransformerEncoderLayer` and with it change the model's outputs.
+`nn.TransformerEncoderLayer` and with it change the model's outputs. Only a layer that has forward hooks
+of its own is given one more, for its output is what these make of it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -90,6 +92,7 @@ class LayerObserver:
         self._current: list[_Current] = []
         self._last_hidden: dict[str, Tensor] = {}
         self._looked_into: set[nn.Module] = set()
+        self._unfinished: dict[nn.Module, Callable[[Any], None]] = {}
         self._exit = contextlib.ExitStack()
         self._watch = AttentionWatch(self._seen)
 
@@ -100,6 +103,9 @@ class LayerObserver:
                     if self._only not in (None, index):
                         continue
                     building.enter_context(wrapped(layer, self._layer_wrapper(stack, index, layer)))
+                    if _hooks_after(layer):
+                        hook = layer.register_forward_hook(self._hooked)
+                        building.callback(hook.remove)
             building.enter_context(self._watch)
             self._exit = building.pop_all()
         return self
@@ -144,10 +150,18 @@ class LayerObserver:
             finally:
                 self._current.pop()
                 self._watch.forget()
-            self._finish(current, args, kwargs, output, record)
+            finish = functools.partial(self._finish, current, args, kwargs, record)
+            if _hooks_after(layer):
+                self._unfinished[layer] = finish
+            else:
+                finish(output)
             return output
 
         return call
+
+    def _hooked(self, layer: nn.Module, _: Any, output: Any) -> None:
+        """Called with what a layer's own hooks made of its output."""
+        self._unfinished.pop(layer)(output)
 
     def _inner_wrapper(self, name: str, inner: nn.Module) -> Callable[..., Any]:
         role = _ROLES.get(name.rsplit(".", 1)[-1])
@@ -186,7 +200,8 @@ class LayerObserver:
         if call.hidden_at is not None:
             hidden = args[call.hidden_at] if isinstance(call.hidden_at, int) else kwargs[call.hidden_at]
             call.device_in = hidden.device
-            if site.layer == 0:
+            call.follows = site.layer > 0 and _is_same(hidden, self._last_hidden.get(stack.name))
+            if not call.follows:
                 call.first_input = hidden.detach().clone()
             call.args, call.kwargs = replaced(args, kwargs, call.hidden_at, None)
         call.args = tuple(snapshot(value) for value in call.args)
@@ -199,8 +214,8 @@ class LayerObserver:
         current: _Current,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        output: Any,
         record: LayerCall | None,
+        output: Any,
     ) -> None:
         hidden = first_tensor(output)
         if hidden is None:
@@ -289,6 +304,15 @@ def _roles(
     return roles
 
 
+def _is_same(tensor: Tensor, other: Tensor | None) -> bool:
+    """Whether both lie at the same place in the same way."""
+    return other is not None and (
+        tensor is other
+        or (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        == (other.data_ptr(), other.shape, other.stride(), other.dtype)
+    )
+
+
 @contextlib.contextmanager
 def wrapped(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Calls `wrapper(forward, *args, **kwargs)` in place of `module.forward` for the duration."""
@@ -306,6 +330,24 @@ def wrapped(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
             object.__setattr__(module, "forward", forward)
         else:
             object.__delattr__(module, "forward")
+
+
+def _hooks_after(module: nn.Module) -> bool:
+    return bool(module.__dict__["_forward_hooks"])
+
+
+@contextlib.contextmanager
+def without_hooks(modules: Iterable[nn.Module], *, before: bool) -> Iterator[None]:
+    """Leaves out what hooks do `before` the forward of `modules`, or after it, for the duration."""
+    name = "_forward_pre_hooks" if before else "_forward_hooks"
+    hooked = [(module, module.__dict__[name]) for module in modules if module.__dict__[name]]
+    for module, hooks in hooked:
+        module.__dict__[name] = type(hooks)()
+    try:
+        yield
+    finally:
+        for module, hooks in hooked:
+            module.__dict__[name] = hooks
 
 
 def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:

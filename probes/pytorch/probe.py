@@ -22,7 +22,7 @@ from divergence.probes.pytorch.mixture import mixture
 from divergence.probes.pytorch.observer import LayerObserver
 from divergence.probes.pytorch.own_keys import OwnKeys
 from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
-from divergence.probes.pytorch.returned import REPEATED, leaves
+from divergence.probes.pytorch.returned import REPEATED, keys_by_layer, leaves
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import Site
 
@@ -64,6 +64,11 @@ class PyTorchProbe:
             raise SourceError(
                 f"{self.source}: returned {type(model).__name__}, not a torch.nn.Module; "
                 "return the module itself"
+            )
+        if any(is_compiled(module) for module in model.modules()):
+            raise SourceError(
+                f"{self.source}: compiled by torch.compile, and cannot be looked into; give the module as it "
+                "was before (of what torch.compile returned, `_orig_mod`)"
             )
         self._stacks = find_stacks(model)
         if not self._stacks:
@@ -258,11 +263,23 @@ class PyTorchProbe:
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
         if record:
             self.calls = observer.calls
+        if not any(isinstance(leaf, Tensor) for _, leaf in leaves(outputs)) and not keys_by_layer(outputs):
+            raise SourceError(
+                f"{self.source}: the model returned {type(outputs).__name__}, in which there are no tensors, "
+                "so that nobody can say whether what it gives is right; have it return tensors, alone or in "
+                "a tuple, dict or dataclass"
+            )
         if not observer.order:
             lists = ", ".join(stack.path for stack in self.stacks)
             raise SourceError(
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
+            )
+        if unseen := [name for name in observer.order if not any(stack == name for stack, _ in self._hidden)]:
+            path = next(stack.path for stack in self.stacks if stack.name == unseen[0])
+            raise SourceError(
+                f"{self.source}: the layers of {path} return nothing in which a tensor was found; have them "
+                "return their hidden state, alone or first in a tuple or dict"
             )
         return tuple(observer.order), tuple(plain), own.replace(outputs)
 
@@ -274,7 +291,8 @@ class PyTorchProbe:
         """The model's outputs. What the receiver of its tensors raises, listed in `refused`, goes through
         the model's own frames and is no fault of the model."""
         device = device_of(self.model)
-        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+        # Copies: a model may write into its inputs, and others are run on them.
+        moved = {name: tensor.to(device, copy=True) for name, tensor in inputs.items()}
         try:
             with torch.inference_mode():
                 return self.model(**moved)
@@ -282,6 +300,11 @@ class PyTorchProbe:
             raise SourceError(f"{self.source}: out of memory on {device} ({one_line(error)})") from error
         except (InputError, SourceError):
             raise
+        except SystemExit as error:
+            raise SourceError(
+                f"{self.source}: the model's forward ended the program (exit status {error.code}); have it "
+                "return its outputs"
+            ) from error
         except Exception as error:
             if refused:
                 raise refused[0] from None
@@ -308,6 +331,13 @@ class PyTorchProbe:
                 f"{self.source}: the model needs input '{missing[0]}', and the inputs have only "
                 f"{', '.join(inputs) or 'nothing'}; add it to the inputs"
             )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile`, or the module's own `compile`, has been at it."""
+    return (
+        "_orig_mod" in module.__dict__["_modules"] or module.__dict__.get("_compiled_call_impl") is not None
+    )
 
 
 def output_leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:

@@ -54,7 +54,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        made: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return x + made
 
 
 class Blocks(nn.Module):
@@ -82,7 +83,7 @@ def quantized(model: nn.Module, tmp_path: Path, **options: Any) -> Path:
     """The export of `model`, its weights quantised by onnxruntime on random inputs."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.left = [{"x": torch.rand(2, 4, 8).numpy()} for _ in range(2)]
 
