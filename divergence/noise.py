@@ -38,6 +38,7 @@ class Floor:
         rel_l2: relative L2 error of the whole tensor.
         row_rel_l2: median over tokens of the relative L2 error.
         channel_rel_l2: median over channels of the same; None where it was not taken.
+        most_channels_rel_l2: what nine of ten channels are not off by more than; None where it was not taken.
         overflow: the reference itself is not finite there in this precision.
     """
 
@@ -45,6 +46,7 @@ class Floor:
     row_rel_l2: float
     overflow: bool = False
     channel_rel_l2: float | None = None
+    most_channels_rel_l2: float | None = None
 
     @classmethod
     def of(cls, metrics: Metrics, precision: str) -> Floor:
@@ -54,30 +56,36 @@ class Floor:
             max(metrics.rel_l2 or 0.0, least),
             max(metrics.row_rel_l2 or 0.0, least),
             metrics.compared < metrics.elements - metrics.ref_nonfinite,
-            max(_median(metrics.channel), least),
+            max(_quantile(metrics.channel, 0.5), least),
+            max(_quantile(metrics.channel, _MOST), least),
         )
 
     @classmethod
     def least(cls, precision: str) -> Floor:
         """The least that a floor in `precision` can be, whatever a measurement would say."""
         least = _LEAST.get(precision, 0.5) * UNIT_ROUNDOFF[precision]
-        return cls(least, least, channel_rel_l2=least)
+        return cls(least, least, channel_rel_l2=least, most_channels_rel_l2=least)
 
     def ratio(self, metrics: Metrics) -> float | None:
-        """Error over floor, the worst of whole tensor, median token and median channel; None without an
-        error. The channels count by themselves because one of 1000 times the others' size, which half
-        precision rounds by as much as they hold, is nearly all of the other two norms."""
+        """Error over floor, the worst of whole tensor, median token, median channel and most channels; None
+        without an error. The channels count by themselves because one of 1000 times the others' size, which
+        half precision rounds by as much as they hold, is nearly all of the other two norms."""
         pairs = [(metrics.rel_l2, self.rel_l2), (metrics.row_rel_l2, self.row_rel_l2)]
-        if self.channel_rel_l2 is not None and metrics.rel_l2 is not None:
-            pairs.append((_median(metrics.channel), self.channel_rel_l2))
+        if metrics.rel_l2 is not None:
+            for share, floor in ((0.5, self.channel_rel_l2), (_MOST, self.most_channels_rel_l2)):
+                if floor is not None:
+                    pairs.append((_quantile(metrics.channel, share), floor))
         return max((error / floor for error, floor in pairs if error is not None), default=None)
 
 
-def _median(errors: np.ndarray[Any, Any]) -> float:
-    """Of those that exist; 0 where none does."""
+def _quantile(errors: np.ndarray[Any, Any], share: float) -> float:
+    """What that share of the errors that exist does not exceed; 0 where none does."""
     found = errors[~np.isnan(errors)]
-    return float(np.median(found)) if found.size else 0.0
+    return float(np.quantile(found, share)) if found.size else 0.0
 
+
+_MOST = 0.9
+"""Share of the channels that a fault in a part of them is looked for in."""
 
 _SUSPECT = 32.0
 """Times the least floor from which one may be no rounding."""

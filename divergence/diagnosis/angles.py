@@ -29,15 +29,27 @@ def read_back(unit: Tensor) -> tuple[Tensor, Tensor] | None:
     if float(frequencies[fastest].abs()) < 1e-6:
         return None
     advance = ((unit[:, 1:, fastest] * unit[:, :-1, fastest].conj()).angle() / frequencies[fastest]).round()
-    first = _first_positions(unit[:, 0], frequencies)
-    positions = torch.cat((first[:, None], first[:, None] + advance.cumsum(1)), 1)
-    for _ in range(3):  # the steps alone are known to a few 1e-8; far positions tell more
+    since = torch.cat((torch.zeros_like(advance[:, :1]), advance.cumsum(1)), 1)
+    # At far positions the angles of single steps hold more rounding than it takes to tell positions apart.
+    frequencies = _refined(unit * unit[:, :1].conj(), since, frequencies)
+    positions = _first_positions(unit[:, 0], frequencies)[:, None] + since
+    frequencies = _refined(unit, positions, frequencies)
+    return (positions, frequencies) if off(unit, positions, frequencies) < 1e-2 else None
+
+
+def off(unit: Tensor, positions: Tensor, frequencies: Tensor) -> float:
+    """How far off `exp(i position frequency)` is from what positions and frequencies were read from: the
+    median angle."""
+    return float((unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle().abs().median())
+
+
+def _refined(unit: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
+    """Frequencies by least squares over all positions, of which far ones tell more."""
+    for _ in range(3):
         ahead = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
-        frequencies = frequencies + (ahead * positions[:, :, None]).sum(
-            (0, 1)
-        ) / positions.square().sum().clamp(min=1)
-    left = (unit * torch.exp(-1j * positions[:, :, None] * frequencies)).angle()
-    return (positions, frequencies) if float(left.abs().median()) < 1e-2 else None
+        moved = (ahead * positions[:, :, None]).sum((0, 1))
+        frequencies = frequencies + moved / positions.square().sum().clamp(min=1)
+    return frequencies
 
 
 def read_one(unit: Tensor, buffers: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:

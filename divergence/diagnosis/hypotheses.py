@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from divergence.diagnosis.case import Case, Fit, Given
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.estimate import estimate
-from divergence.diagnosis.weights import is_untouched
+from divergence.diagnosis.weights import agrees
 
 Build = Callable[[float], Fault]
 
@@ -129,8 +129,7 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
     fit = case.fit(fault)
     if fit.explained == 0.0 and not case.nonfinite:
         return None
-    exact = trial.exact(value) or (fault.parameters and all(is_untouched(case, n) for n in fault.parameters))
-    if exact and not case.leaves_rounding(fit):
+    if (trial.exact(value) or not agrees(case, fault)) and not case.leaves_rounding(fit):
         fit = replace(fit, convincing=False)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
 

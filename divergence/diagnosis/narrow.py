@@ -64,12 +64,14 @@ class OtherWeights:
 
     Attributes:
         title: which, and how far off.
-        evidence: what they explain.
+        evidence: what they explain, in words.
+        explained: share of the error that they explain.
         fix: what to look at.
     """
 
     title: str
     evidence: str
+    explained: float
     fix: str = (
         "export from the checkpoint that the reference loads: compare revisions and digests, and whether one "
         "was trained on, pruned or merged since"
@@ -94,6 +96,7 @@ def other_weights(case: Case) -> OtherWeights | None:
             "known",
             f"the candidate's own {words}, put into the reference, {'explains' if one else 'explain'} "
             f"{100 * fit.explained:.4g} % of the error",
+            fit.explained,
         )
     return None
 

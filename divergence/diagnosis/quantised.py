@@ -32,7 +32,7 @@ _OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
 )
 """Axes of `[batch, head, token, channel]` that share a step."""
 
-_GROUPS = (128, 64, 32)
+_GROUPS = (128, 64, 32, 16)
 
 _EVERY_PROJECTION = "every projection"
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from divergence.diagnosis.angles import known_frequencies, read_back, read_one
+from divergence.diagnosis.angles import known_frequencies, off, read_back, read_one
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault, LayerUnit
 from divergence.diagnosis.trace import Call, Handler, Operator, Trace
@@ -171,12 +171,18 @@ def _find(case: Case) -> Rotary | None:
     amplitude = float(unit.abs().square().mean().sqrt())
     unit = unit / amplitude
     buffers = dict(case.given.model.named_buffers()).values()
-    read = read_back(unit) if tokens > 1 else read_one(unit, buffers)
-    if read is None and tokens == 1 and parts[first] != "both":
-        # Of one token it cannot be seen which of two are the cosines.
-        other: dict[Part, Part] = {"cosines": "sines", "sines": "cosines"}
-        parts = {i: other[part] for i, part in parts.items()}
-        read = read_one(1j * unit.conj(), buffers)
+
+    def read_from(turned: Tensor) -> tuple[Tensor, Tensor] | None:
+        return read_back(turned) if tokens > 1 else read_one(turned, buffers)
+
+    read = read_from(unit)
+    if parts[first] != "both":
+        # Of one token, or at far positions, the larger ones need not be the cosines.
+        exchanged = 1j * unit.conj()
+        again = read_from(exchanged)
+        if again is not None and (read is None or off(exchanged, *again) < off(unit, *read)):
+            other: dict[Part, Part] = {"cosines": "sines", "sines": "cosines"}
+            parts, read = {i: other[part] for i, part in parts.items()}, again
     if read is None:
         return None
     positions, frequencies = read

@@ -8,6 +8,8 @@ the next layer that fails; only what it leaves there is looked for anew.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from divergence.diagnosis import nonfinite, repro
+from divergence.diagnosis import narrow, nonfinite, repro
 from divergence.diagnosis.case import Case, Given
 from divergence.diagnosis.causes import CAUSES, FROM_FACTS, NONFINITE, TOLD
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
 from divergence.diagnosis.hypotheses import CauseModule, Tried, attempt
 from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
-from divergence.errors import one_line
+from divergence.errors import counted, one_line
 from divergence.probes import Progress, silent
 from divergence.probes.pytorch.placement import brought_in
 from divergence.result import Cause, Hypothesis, SiteResult
@@ -34,10 +36,12 @@ if TYPE_CHECKING:
 
 _CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
-_RUNS = 250  # emulations of whole layers after which no further layer is searched in full
+_RUNS = 250  # emulations of whole layers after which no further layer is searched in full,
+_SECONDS = 2.0  # unless they took less than this: small models are searched to the end
 _OF_KEYS = 0.25  # of a whole layer: what an emulation costs that ends at a key or a value
 _ENOUGH_ALIKE = 8  # layers in which a fault is recognised before others are taken for the same
 _NEAR = 1.3
+_ALIKE = 0.05  # of estimates of one parameter
 _PER_LAYER = 3  # independent faults looked for in one layer
 
 
@@ -116,6 +120,7 @@ class Search:
         groups = list(self._groups())
         alike = _Alike()
         searched = 0
+        started = time.monotonic()
         for done, failing in enumerate(groups):
             progress("looking for the cause", done, len(groups))
             lost = nonfinite.has_lost(failing)
@@ -126,15 +131,16 @@ class Search:
                 continue
             again = None if lost else _recognised(case, known)
             if again is not None:
-                _extend(found, again, case)
+                _extend(found, again, case, known)
                 alike.add(failing)
                 case = _remaining(case, again)
                 if case is None:
                     continue
-            if searched == _LAYERS or self._runs > _RUNS:
+            if searched == _LAYERS or (self._runs > _RUNS and time.monotonic() - started > _SECONDS):
                 left = len(groups) - done
                 found.notes.append(
-                    f"causes were looked for in {searched} layers; {left} more that fail were not searched"
+                    f"causes were looked for in {counted(searched, 'layer')}; {left} more that fail were not "
+                    "searched"
                 )
                 break
             searched += 1
@@ -306,7 +312,18 @@ def investigate(case: Case) -> list[Tried]:
             best.append(tried)
             if _settled(case, tried):
                 break
+    if best and not case.nonfinite and _is_of_weights(case, best):
+        best = [replace(t, fit=t.fit and replace(t.fit, convincing=False)) for t in best]
     return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
+
+
+def _is_of_weights(case: Case, best: Sequence[Tried]) -> bool:
+    """Whether the candidate's own weights, in no way that is known, explain what none of the others does."""
+    explained = max((t.fit.explained for t in best if t.fit and t.fit.convincing), default=1.0)
+    if explained > _CONVINCING:
+        return False
+    others = narrow.other_weights(case)
+    return others is not None and others.explained > _CONVINCING
 
 
 def _best(case: Case, module: CauseModule) -> Tried | None:
@@ -314,7 +331,9 @@ def _best(case: Case, module: CauseModule) -> Tried | None:
     best: Tried | None = None
     with _noting(case, module):
         for trial in module.trials(case):
-            made = attempt(case, module.ID, trial)
+            made: Tried | None = None
+            with _noting(case, module):
+                made = attempt(case, module.ID, trial)
             if made is not None and (best is None or made.rank > best.rank + 0.05):
                 best = made
             if made is not None and _settled(case, made):
@@ -324,12 +343,14 @@ def _best(case: Case, module: CauseModule) -> Tried | None:
 
 @contextlib.contextmanager
 def _noting(case: Case, module: CauseModule) -> Iterator[None]:
-    """Makes a note of what goes wrong: what a model's code cannot bear says nothing of the cause, and must
-    not cost the others their turn."""
+    """Makes a note, one for each cause, of what goes wrong: what a model's code cannot bear says nothing of
+    the cause, and must not cost the others their turn."""
     try:
         yield
     except Exception as error:
-        case.notes.append(f"{module.ID} could not be emulated in {case.at} ({one_line(error)})")
+        words = f"{module.ID} could not be emulated in {case.at} ("
+        if not any(note.startswith(words) for note in case.notes):
+            case.notes.append(f"{words}{one_line(error)})")
 
 
 def _convinces(tried: Sequence[Tried]) -> bool:
@@ -376,13 +397,23 @@ def _remaining(case: Case, tried: Tried) -> Case | None:
     return case.with_applied(tried.fault, case.site_of(failing[0]), tuple(failing))
 
 
-def _extend(found: Found, again: Tried, case: Case) -> None:
-    """Adds a site to a cause that was found before."""
+def _extend(found: Found, again: Tried, case: Case, known: Sequence[Tried]) -> None:
+    """Adds a site to a cause that was found before, or the same cause with another estimate."""
+    if not any(_same_estimate(again, tried) for tried in known):
+        found.causes.append(cause_of(case, again))
+        return
     for i, cause in enumerate(found.causes):
         if cause.id == again.id:
             sites = [*cause.parameters.get("sites", [cause.site]), str(case.at)]
             found.causes[i] = replace(cause, parameters={**cause.parameters, "sites": sites})
             return
+
+
+def _same_estimate(one: Tried, other: Tried) -> bool:
+    """Whether two trials of one kind found the same, estimated parameter and all."""
+    if (one.id, one.trial.key) != (other.id, other.trial.key):
+        return False
+    return math.isnan(one.value) or math.isclose(one.value, other.value, rel_tol=_ALIKE)
 
 
 def _from_facts(case: Case, found: Found) -> Cause | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from divergence.diagnosis.trace import Call
 
+_NEARER = 0.7  # half of the squared difference explained
 _PRODUCTS = ("linear", "addmm", "matmul", "conv1d")
 
 
@@ -183,6 +184,27 @@ def own(case: Case, name: str) -> Tensor | None:
 def is_untouched(case: Case, name: str) -> bool:
     """Whether the candidate is known to hold the reference's parameter `name`."""
     return _is_same(case, name) is True
+
+
+def agrees(case: Case, fault: Fault) -> bool:
+    """Whether what a fault makes of parameters could be what the candidate holds: nearer to it than the
+    reference's are. What the candidate does not show could be anything."""
+    named = parameters(case)
+    for name, change in fault.parameters.items():
+        shown = own(case, name)
+        if shown is None:
+            continue
+        reference = named[name].detach()
+        if _is_same(case, name):
+            return False
+        made = change(reference)
+        if made.shape != shown.shape or _distance(made, shown) > _NEARER * _distance(reference, shown):
+            return False
+    return True
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm())
 
 
 def touched(case: Case) -> list[str]:

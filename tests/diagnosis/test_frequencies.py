@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.diagnosis.faults import diagnosed, planted, rotary
 from tests.models import inputs_for, llama
@@ -69,3 +69,29 @@ def test_another_base_is_still_a_base() -> None:
     assert diagnosed(model, other, inputs_for("llama", tokens=64)).causes[0].parameters[
         "base"
     ] == pytest.approx(10_000.0**1.2, rel=1e-2)
+
+
+class From(nn.Module):
+    """A model whose first token is at a far position."""
+
+    def __init__(self, model: nn.Module, start: int) -> None:
+        super().__init__()
+        self.model, self.start = model, start
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = self.start + torch.arange(input_ids.shape[1])[None]
+        logits: Tensor = self.model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        return logits
+
+
+@pytest.mark.parametrize("start", [100, 200, 700, 1000, 5000])
+@pytest.mark.parametrize("tokens", [8, 32])
+def test_angles_are_read_back_at_far_positions(start: int, tokens: int) -> None:
+    """Where the slowest frequencies have turned as well, sines may be larger than cosines."""
+    model = llama(3, **SIZES)
+    rounded = planted(model, rotary(lambda p, f: (p.bfloat16() * f.bfloat16()).bfloat16()))
+    inputs = {"input_ids": inputs_for("llama", tokens=tokens)["input_ids"]}
+    found = diagnosed(From(model, start), From(rounded, start), inputs).causes[0]
+    assert (found.id, found.site) == ("rope_precision", "layers.0.key")
+    assert found.explained is not None
+    assert found.explained > 0.99

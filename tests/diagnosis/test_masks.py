@@ -213,3 +213,30 @@ def test_empty_places_of_a_cache_are_no_past() -> None:
 
 def _sites(cause: Cause) -> dict[str, Any]:
     return {name: cause.parameters[name] for name in ("sites",) if name in cause.parameters}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_leaves_the_first_token_nothing_to_see_makes_nan(kind: str) -> None:
+    model = MODELS[kind]()
+
+    def strict(model: Any) -> None:
+        from transformers import AttentionInterface
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+        ) -> Any:
+            groups = query.shape[1] // key.shape[1]
+            key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+            before = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(-1)
+            scores = query @ key.transpose(-1, -2) * kwargs["scaling"]
+            made = scores.masked_fill(~before, -torch.inf).softmax(-1) @ value
+            return made.transpose(1, 2), None
+
+        AttentionInterface.register("strict", attend)
+        model.config._attn_implementation = "strict"
+
+    inputs = {"input_ids": inputs_for(kind, tokens=12)["input_ids"]}
+    (found,) = diagnosed(model, planted(model, strict), inputs).causes
+    assert (found.id, found.site) == ("mask_nan", "layers.0.hidden")
+    assert found.parameters["mask"] == "strict"
+    assert found.explained == 1.0

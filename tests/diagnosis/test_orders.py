@@ -14,7 +14,7 @@ from divergence.diagnosis import orders
 from divergence.result import Cause
 from tests.diagnosis.faults import Plant, case_of, diagnosed, layer, planted
 from tests.diagnosis.test_fused import neox, phi3, spread
-from tests.models import MODELS, inputs_for
+from tests.models import MODELS, inputs_for, llama
 
 LAYERS, WIDTH = 12, 16
 
@@ -301,3 +301,27 @@ def test_a_weight_of_zeros_is_no_cache_that_is_not_written() -> None:
     candidate = planted(reference, lambda model: layer(model, 1).self_attn.k_proj.weight.zero_())
     found = diagnosed(reference, candidate, inputs).causes[0]
     assert (found.id, found.site) == ("weights_collapsed", "layers.1.key")
+
+
+@pytest.mark.parametrize(
+    ("path", "axis", "said"),
+    [
+        ("mlp.down_proj", 1, "the inputs of 'mlp.down_proj.weight' stand in another order"),
+        ("mlp.up_proj", 0, "the outputs of 'mlp.up_proj.weight' stand in another order"),
+    ],
+)
+def test_any_order_of_a_weight_that_the_candidate_shows_is_named(path: str, axis: int, said: str) -> None:
+    model = llama(3)
+    weight = layer(model, 1).get_submodule(path).weight
+    order = torch.randperm(weight.shape[axis], generator=torch.Generator().manual_seed(4))
+
+    def mixed(model: Any) -> None:
+        weight = layer(model, 1).get_submodule(path).weight
+        weight.copy_(weight.index_select(axis, order))
+
+    result = diagnosed(model, planted(model, mixed), inputs_for("llama", tokens=24))
+    (found,) = result.causes
+    assert (found.id, found.site, found.title) == ("weight_permuted", "layers.1.hidden", said)
+    assert found.parameters["order"] == order.tolist()
+    assert found.explained is not None
+    assert found.explained > 0.999

@@ -229,3 +229,33 @@ def test_a_weight_is_the_same_in_its_own_precision() -> None:
     assert is_same(weight, weight.detach().half())
     assert not is_same(weight, weight.detach().bfloat16().float())
     assert not is_same(weight, weight.detach() * 1.001)
+
+
+def test_one_kind_of_fault_with_two_parameters_is_two_causes() -> None:
+    model = llama(5, **SIZES)
+
+    def plant(model: Any) -> None:
+        layer(model, 1).self_attn.v_proj.weight *= 1.5
+        layer(model, 3).self_attn.v_proj.weight *= 0.5
+        layer(model, 4).self_attn.v_proj.weight *= 1.5
+
+    result = diagnosed(model, planted(model, plant), inputs_for("llama", tokens=24))
+    assert [(c.site, round(c.parameters["gain"], 4)) for c in result.causes] == [
+        ("layers.1.value", 1.5),
+        ("layers.3.value", 0.5),
+    ]
+    assert result.causes[0].parameters["sites"] == ["layers.1.value", "layers.4.value"]
+
+
+def test_a_weight_that_would_have_to_be_another_than_it_is_explains_no_part_of_an_error() -> None:
+    """Half of the rows negated are half the gain to whoever looks at the error alone."""
+    model = llama(3, **SIZES)
+
+    def plant(model: Any) -> None:
+        weight = layer(model, 1).mlp.down_proj.weight
+        weight[: len(weight) // 3] *= -0.2
+
+    result = diagnosed(model, planted(model, plant), inputs_for("llama", tokens=24))
+    (found,) = result.causes
+    assert found.id == "unknown"
+    assert "'mlp.down_proj.weight' is not the reference's" in found.title

@@ -19,7 +19,7 @@ _FIX = (
 
 
 def trials(case: Case) -> Iterator[Trial]:
-    """Minus infinity where the reference hides; NaN where it does not."""
+    """Minus infinity where the reference hides, and where a token sees itself; NaN where it does not hide."""
     if not case.nonfinite:
         return
     fix = _FIX.format(low="-65504 in fp16, -3.39e38 in bf16")
@@ -34,6 +34,7 @@ def trials(case: Case) -> Iterator[Trial]:
             evidence=lambda case, _: _rows(case),
             fix=fix,
         )
+        yield from _strict(case, number, attention)
         yield Trial(
             key=f"attention {number} product",
             title="the attention mask is NaN where nothing is hidden: 0 times -inf, a mask value that the "
@@ -41,6 +42,20 @@ def trials(case: Case) -> Iterator[Trial]:
             fault=masks.with_mask(attention, masks.same, seen=math.nan),
             parameters={"mask": "0 * -inf"},
             fix=fix,
+        )
+
+
+def _strict(case: Case, number: int, attention: parts.Attention) -> Iterator[Trial]:
+    reference = masks.of_reference(case, attention)
+    if reference is not None:
+        yield Trial(
+            key=f"attention {number} strict",
+            title="a token does not see itself, so that the first sees nothing: the softmax of -inf alone "
+            "is NaN",
+            fault=masks.with_mask(attention, masks.hiding(reference, reference.back == 0), -math.inf),
+            parameters={"mask": "strict"},
+            evidence=lambda case, _: _rows(case),
+            fix="have every token see itself (tril(diagonal=0)), and hide with a large finite number",
         )
 
 

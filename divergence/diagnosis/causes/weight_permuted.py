@@ -41,6 +41,7 @@ def trials(case: Case) -> Iterator[Trial]:
     yield from _heads(case)
     for part in weights.matrices(case):
         yield from _usual(case, part)
+    yield from _kept(case)
 
 
 def _shown(case: Case) -> Iterator[Trial]:
@@ -61,6 +62,42 @@ def _shown(case: Case) -> Iterator[Trial]:
     order = matched(rows[0], rows[1])
     if order is not None:
         yield _ordered(case, part, "channels", order, 1)
+
+
+def _kept(case: Case) -> Iterator[Trial]:
+    """Weights that the candidate itself keeps with rows or columns in another order."""
+    found: dict[str, tuple[str, list[int]]] = {}
+    for name, own in weights.held(case, weights.touched(case)).items():
+        reference = weights.parameters(case)[name].detach().to(own.dtype)
+        for axis in range(min(own.dim(), 2)):
+            order = _exact_order(reference.movedim(axis, 0), own.movedim(axis, 0))
+            if order is not None:
+                outputs = own.dim() == 1 or axis == weights.output_axis(case, name)
+                found[name] = "outputs" if outputs else "inputs", order
+                break
+    for names in weights.each_and_all(list(found)):
+        sides = dict.fromkeys(found[name][0] for name in names)
+        words = " and ".join(f"'{name}'" for name in names)
+        yield Trial(
+            key=f"own {' '.join(names)}",
+            title=f"the {' and '.join(sides)} of {words} stand in another order{_spelt(found[names[0]][1])}",
+            fault=weights.in_place(weights.held(case, names)),
+            parameters={"parameters": names, "unit": " and ".join(sides), "order": found[names[0]][1]},
+            fix=_FIX.format(name=names[0]),
+        )
+
+
+def _exact_order(reference: Tensor, own: Tensor) -> list[int] | None:
+    """For every row of `own` the row of `reference` that it is to the bit, or None where they are no other
+    order of the same rows, each of which is there once."""
+    places = {row.cpu().numpy().tobytes(): i for i, row in enumerate(_bits(reference))}
+    order = [places.get(row.cpu().numpy().tobytes()) for row in _bits(own)]
+    known = [place for place in order if place is not None]
+    return known if sorted(known) == list(range(len(own))) and known != sorted(known) else None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(len(tensor), -1).view(torch.uint8)
 
 
 def matched(clean: Tensor, seen: Tensor) -> list[int] | None:
