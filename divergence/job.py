@@ -109,6 +109,12 @@ class Job:
             for pattern in self.tolerance.sites
             if not any(matches(site, pattern) for site in self.reference.entries)
         ]
+        self.notes += [
+            f"{pair.reference}: the candidate has it in another layout ({pair.layout}); whoever takes this "
+            "output from it has to do the same"
+            for pair in self.alignment.pairs
+            if pair.reference.layer is None and pair.candidate.layer is None and pair.layout.steps
+        ]
         pairs, unequal = choose_repeats(
             self.alignment.pairs, lambda pair: self.candidate.tensor(pair.candidate), self._metrics
         )

@@ -69,7 +69,8 @@ class SiteResult:
         ref_min, ref_max, cand_min, cand_max: ranges over finite values at valid tokens.
         ref_nonfinite, cand_nonfinite: numbers of NaN and Inf at valid tokens.
         floor: noise floor as relative L2 error (cumulative).
-        ratio: cumulative error over its floor; worst of whole tensor, median token and median channel.
+        ratio: cumulative error over its floor; worst of whole tensor, median token, median channel
+            and nine of ten channels.
         introduced: relative L2 error that the layer adds to the candidate's own input to it.
         introduced_floor, introduced_ratio: the same layer's floor, and the ratio to it.
         bit_equal: both tensors have the same bits.

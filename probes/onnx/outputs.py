@@ -55,3 +55,17 @@ def name_outputs(
                 named[item.value] = Found(item.site, item.value, (), how, "output")
                 left.remove(item.value)
     return list(named.values())
+
+
+def out_of_order(outputs: Sequence[Found], reference: Capture | None) -> list[str]:
+    """A remark where outputs that the reference knows under other names come in another order than its."""
+    if reference is None:
+        return []
+    order = {site: place for place, site in enumerate(s for s in reference.sites if s.layer is None)}
+    renamed = [found for found in outputs if found.site in order and found.site.tensor != found.value]
+    places = [order[found.site] for found in renamed]
+    if places == sorted(places):
+        return []
+    said = ", ".join(f"'{found.value}' is {found.site}" for found in renamed)
+    note = f"the graph's outputs come in another order than the reference's ({said})"
+    return [f"{note}: whoever takes them by their place gets others"]

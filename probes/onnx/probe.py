@@ -26,7 +26,7 @@ from divergence.probes.onnx.graph import Graph, dtype_name
 from divergence.probes.onnx.inputs import feeds_of
 from divergence.probes.onnx.light import LightModel, read_light
 from divergence.probes.onnx.mapping import SiteMap, map_graph
-from divergence.probes.onnx.outputs import name_outputs
+from divergence.probes.onnx.outputs import name_outputs, out_of_order
 from divergence.probes.onnx.own_keys import OwnKeys
 from divergence.probes.onnx.patterns import match_patterns
 from divergence.probes.onnx.scaling import settle_scales
@@ -215,7 +215,7 @@ class OnnxProbe:
             precision=facts.precision(run.graph),
             stacks=site_map.stacks,
             versions={"onnxruntime": onnxruntime.__version__, "onnx": onnx.__version__},
-            notes=(*site_map.notes, *notes, *own.notes),
+            notes=(*site_map.notes, *notes, *own.notes, *out_of_order(outputs, self._reference)),
             unseen_inf={site: reason for value, reason in reasons.items() for site in infinite[value]},
             outputs=tuple(dict.fromkeys(found.site.tensor for found in outputs)),
             details=self._details(wanted),

@@ -2,7 +2,7 @@
 
 `AttentionWatch` is a torch function mode: it sees calls of `scaled_dot_product_attention`, and in
 explicit attention the product before a softmax (query times key) and the one after it
-(probabilities times value). Functions that hide these are opened.
+(probabilities times value), also where the softmax is written out. Functions that hide these are opened.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ _MATMULS = frozenset(
     {torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.bmm, torch.einsum, torch.baddbmm}
 )
 _SOFTMAX = frozenset({torch.softmax, functional.softmax, Tensor.softmax, torch.special.softmax})
-_WATCHED = _MATMULS | _SOFTMAX | {functional.scaled_dot_product_attention}
+_EXPONENTIALS = frozenset(
+    {torch.exp, torch.exp_, Tensor.exp, Tensor.exp_, torch.exp2, Tensor.exp2, Tensor.exp2_}
+)
+_WATCHED = _MATMULS | _SOFTMAX | _EXPONENTIALS | {functional.scaled_dot_product_attention}
 _EINSUM = re.compile(r"^([a-zA-Z]+),([a-zA-Z]+)->([a-zA-Z]+)$")
 
 
@@ -109,8 +112,9 @@ class AttentionWatch(TorchFunctionMode):
 
 
 def _same_scores(product: torch.Size, softmax: torch.Size) -> bool:
-    """A bmm over folded heads `[batch * head, q, k]` may reach softmax as `[batch, head, q, k]`."""
-    return product[-2:] == softmax[-2:] and product.numel() == softmax.numel()
+    """A bmm over folded heads `[batch * head, q, k]` may reach softmax as `[batch, head, q, k]`, and one of a
+    group's queries in one axis, `[batch, head, group * q, k]`, as `[batch, head, group, q, k]`."""
+    return product[-1:] == softmax[-1:] and product.numel() == softmax.numel()
 
 
 def _operands(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -138,10 +142,10 @@ def _einsum_operands(args: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     inner = [c for c in left if c in right and c not in out]
     rows = [c for c in left if c not in right]
     columns = [c for c in right if c not in left]
-    if not (len(inner) == len(rows) == len(columns) == 1):
+    if not (len(inner) == len(columns) == 1 and rows):  # several rows: a group of queries for each key
         return None
     batch = "".join(c for c in left if c in right and c in out)
-    a = torch.einsum(f"{left}->{batch}{rows[0]}{inner[0]}", operands[0])
+    a = torch.einsum(f"{left}->{batch}{''.join(rows)}{inner[0]}", operands[0])
     b = torch.einsum(f"{right}->{batch}{inner[0]}{columns[0]}", operands[1])
     return (a, b) if a.dim() >= 3 else None
 

@@ -242,7 +242,11 @@ class LayerObserver:
         site = current.site
         caches = caches_in(args, kwargs)
         emitted: set[str] = set()
+        reaching: list[Tensor | None] = []
         for product, path in current.products:
+            if any(_is_same(product.key, other) for other in reaching if product.key is not None):
+                continue  # another block of queries
+            reaching.append(product.key)
             cross = bool(_CROSS.search(path)) or "key" in emitted
             for tensor in ("key", "value"):
                 name = f"cross_{tensor}" if cross else tensor
@@ -351,7 +355,11 @@ def without_hooks(modules: Iterable[nn.Module], *, before: bool) -> Iterator[Non
 
 
 def unfolded(tensor: Tensor | None, batch: int) -> Tensor | None:
-    """`[batch * head, token, channel]` as `[batch, head, token, channel]`; others as they are."""
+    """`[batch * head, token, channel]` as `[batch, head, token, channel]`, and of five axes the one over
+    which a group of queries shares its key left out; others as they are."""
+    if tensor is not None and tensor.dim() == 5:
+        shared = [axis for axis in (2, 1) if tensor.shape[axis] == 1 or tensor.stride(axis) == 0]
+        return tensor.select(shared[0], 0) if shared else tensor.flatten(1, 2)
     if tensor is not None and tensor.dim() == 3 and batch and tensor.shape[0] % batch == 0:
         folded: Tensor = tensor.unflatten(0, (batch, -1))
         return folded

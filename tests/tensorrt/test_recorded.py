@@ -84,14 +84,17 @@ def test_the_contract_says_where_the_angles_ran(name: str, rotary: str) -> None:
 
 @pytest.mark.parametrize("name", ["fp16", "bf16", "typed_fp16"])
 def test_the_recording_says_here_what_its_engine_said_on_the_device(name: str) -> None:
-    """The reference runs on a CPU here and ran on a GPU there: its fp32 differs by rounding alone."""
+    """The reference runs on a CPU here and ran on a GPU there: its fp32 differs by rounding alone. Most
+    channels, which ratios have been taken of as well since then, can only make them larger."""
     here, there = compared(name), reports.recorded(f"small-{name}")
     assert [s.site for s in here.sites] == [s.site for s in there.sites]
     for site in here.sites:
         then = there.site(site.site)
         assert site.verdict == then.verdict
         assert site.rel_l2 == pytest.approx(then.rel_l2, rel=1e-4), site.site
-        assert site.ratio == pytest.approx(then.ratio, rel=0.05), site.site
+        assert site.floor == pytest.approx(then.floor, rel=0.05), site.site
+        assert site.ratio is not None and then.ratio is not None
+        assert site.ratio > 0.95 * then.ratio, site.site
     assert [c.id for c in here.causes] == [c.id for c in there.causes]
     for cause, known in zip(here.causes, there.causes, strict=True):
         assert cause.explained == pytest.approx(known.explained, abs=1e-5)
