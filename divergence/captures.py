@@ -165,7 +165,8 @@ def open_capture(path: str | os.PathLike[str]) -> Capture:
 
 def partial_of(path: Path) -> Path:
     """The folder that a capture is written into until it is complete and becomes `path`."""
-    return path.with_name(path.name + PARTIAL)
+    named = path if path.name else path.absolute()  # "." has a name of its own only then
+    return named.parent / (named.name + PARTIAL)
 
 
 def _why_not_open(folder: Path) -> str:

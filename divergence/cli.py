@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from divergence import __version__
 from divergence.cli_options import common, comparison, engine, sample
-from divergence.errors import DivergenceError, counted, one_line
+from divergence.ending import Group
+from divergence.errors import counted
 from divergence.report_commands import diff, report, reports_into
 
 if TYPE_CHECKING:
@@ -26,43 +24,7 @@ if TYPE_CHECKING:
     from divergence.result import Comparison
 
 
-class _Group(click.Group):
-    """Turns every error into one line on stderr and exit status 2."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        whole_process = not args and "args" not in kwargs
-        kwargs["standalone_mode"] = False
-        try:
-            status = super().main(*args, **kwargs)
-        except click.ClickException as error:
-            click.echo(f"error: {error.format_message()}", err=True)
-            status = 2
-        except DivergenceError as error:
-            click.echo(f"error: {error}", err=True)
-            status = 2
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("error: interrupted; nothing was kept", err=True)
-            status = 2
-        except OSError as error:
-            click.echo(f"error: {one_line(error)}", err=True)
-            status = 2
-        _leave(status if isinstance(status, int) else 0, whole_process=whole_process)
-
-
-def _leave(status: int, *, whole_process: bool) -> NoReturn:
-    """Ends the command. A process that holds models on a GPU ends by itself, once all has been written: the
-    system frees what they hold sooner than Python and the libraries do, which take a second or more."""
-    torch = sys.modules.get("torch")
-    if whole_process and torch is not None and torch.cuda.is_initialized() and "ray" not in sys.modules:
-        atexit._run_exitfuncs()  # noqa: SLF001 - temporary folders, threads that still write
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # whoever read it has gone
-                stream.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="divergence")
 def main() -> None:
     """Find the layer, the tensor and the cause where a transformer in ONNX or TensorRT departs from

@@ -59,7 +59,7 @@ class CaptureWriter:
         copier: how tensors come from a device.
 
     Raises:
-        CaptureError: the folder cannot be made, or exists and is no capture.
+        CaptureError: the folder has no name, cannot be made, or exists and is no capture.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class CaptureWriter:
         self._lane_of: dict[str, Lane] = {}
         self._staging: Staging | None = None
         self._closed = False
+        if not self.path.name:
+            raise CaptureError(f"{self.path}: a capture is a folder of its own; choose another --out")
         if (
             self.path.exists()
             and not (self.path / MANIFEST).is_file()

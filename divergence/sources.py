@@ -95,6 +95,11 @@ def _suffix(settings: SourceConfig) -> str:
 
 
 def _from_text(name: str, config: Config) -> SourceConfig:
+    if not name.strip():
+        raise SourceError(
+            "a source is empty, as of a variable that is not set; name a file, a capture or "
+            "pytorch:FILE.py:FUNC"
+        )
     if name.startswith("pytorch:"):
         return SourceConfig(model=name.removeprefix("pytorch:"))
     if name == "pytorch":

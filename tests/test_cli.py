@@ -109,6 +109,9 @@ def test_inspect_lists_the_sites(folder: Path) -> None:
     ("args", "message"),
     [
         (["--cand", "missing.onnx"], "missing.onnx"),
+        (["--cand", ""], "a source is empty"),
+        (["--cand", "."], ".: not a capture"),
+        (["--cand", "/"], "/: not a capture"),
         (
             ["--cand", "wrnog"],
             "no such file, and no source of that name in the configuration; did you mean 'wrong'?",
@@ -145,6 +148,19 @@ def test_bad_input_is_one_line(folder: Path, args: list[str], message: str) -> N
 def test_inputs_that_do_not_fit_are_one_line(folder: Path, inputs: dict[str, Any], message: str) -> None:
     np.savez(folder / "bad.npz", **inputs)
     assert message in refused(folder, "compare", "--ref", "pytorch", "--cand", "wrong", "--inputs", "bad.npz")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compare", "--ref", "", "--cand", "pytorch"], "a source is empty"),
+        (["inspect", "."], ".: not a capture"),
+        (["capture", ".", "--out", "run.capture"], ".: not a capture"),
+        (["capture", "pytorch", "--out", "."], ".: a capture is a folder of its own"),
+    ],
+)
+def test_a_path_without_a_name_is_one_line(folder: Path, args: list[str], message: str) -> None:
+    assert message in refused(folder, *args)
 
 
 def test_an_unknown_key_names_the_nearest(folder: Path) -> None:
