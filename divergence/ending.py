@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import traceback
 from typing import Any, NoReturn
@@ -12,26 +13,39 @@ from typing import Any, NoReturn
 import click
 
 from divergence.errors import DivergenceError, one_line
+from divergence.interrupts import Terminated, terminable
 
 TRACEBACK = "DIVERGENCE_TRACEBACK"
 """Environment variable: where it is 1, an error comes with its traceback."""
 
+_NOTHING = "nothing was kept"
+
 
 class Group(click.Group):
-    """Turns every error into one line on stderr and exit status 2."""
+    """Turns every error into one line on stderr and exit status 2, and a SIGTERM to 143."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command and ends it; arguments as of `click.Group.main`."""
         whole_process = not args and "args" not in kwargs
         kwargs["standalone_mode"] = False
+        _open_streams()
         try:
-            found = super().main(*args, **kwargs)
+            with terminable():
+                found = super().main(*args, **kwargs)
             status = found if isinstance(found, int) else 0
         except (Exception, SystemExit, KeyboardInterrupt) as error:
             if _left_by_click(error) not in {"", "main"}:
                 raise
             status = _refused(error)
         _leave(status, whole_process=whole_process)
+
+
+def _open_streams() -> None:
+    """Opens what whoever started the process has closed: Python has None for it, and a file that is opened
+    later would take its place and what libraries print."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the end
 
 
 def _left_by_click(error: BaseException) -> str:
@@ -49,7 +63,13 @@ def _refused(error: BaseException) -> int:
     if os.environ.get(TRACEBACK) == "1":
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     click.echo(f"error: {_in_one_line(error)}", err=True)
-    return 2
+    return 128 + signal.SIGTERM if _was_terminated(error) else 2
+
+
+def _was_terminated(error: BaseException) -> bool:
+    # Ray's own handler, which takes the place of ours, exits with the number of the signal.
+    rays = isinstance(error, SystemExit) and error.code == signal.SIGTERM and "ray" in sys.modules
+    return rays or isinstance(error, Terminated)
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -57,8 +77,10 @@ def _in_one_line(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, DivergenceError):
         return str(error)
+    if _was_terminated(error):
+        return f"ended by SIGTERM; {error if isinstance(error, Terminated) and error.args else _NOTHING}"
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return "interrupted; nothing was kept"
+        return f"interrupted; {error if error.args else _NOTHING}"
     if isinstance(error, OSError):
         return one_line(error)
     if _left_by_click(error):

@@ -1,13 +1,46 @@
 """Interrupts that are not lost: where Python calls back, as when something that is weakly referred to goes,
-what is raised is reported and dropped, and the KeyboardInterrupt of a Ctrl-C with it."""
+what is raised is reported and dropped, and the KeyboardInterrupt of a Ctrl-C with it. And the SIGTERM of who
+cancels a job, which ends a command as a Ctrl-C does."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import NoReturn
+
+Handler = Callable[[int, FrameType | None], object]
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, raised as a Ctrl-C is, so that whoever tidies up after one does so."""
+
+
+def _terminated(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+_RAISING: Mapping[int, Handler] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: _terminated,
+}
+"""What raises by signal."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raises `Terminated` on a SIGTERM, unless the program has a handler of its own."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -18,26 +51,22 @@ def remembered() -> Iterator[Callable[[], None]]:
     Interrupts are raised as ever; handlers that the program has set itself, and other threads than the
     main one, which get none, are left alone.
     """
-    interrupted = False
+    came: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupted
-        interrupted = True
-        signal.default_int_handler(number, frame)
+        came.append(number)
+        _RAISING[number](number, frame)
 
     def check() -> None:
-        if interrupted:
-            raise KeyboardInterrupt
+        if came:
+            _RAISING[came[0]](came[0], None)
 
-    ours = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if not ours:
-        yield check
-        return
-    signal.signal(signal.SIGINT, note)
+    main = threading.current_thread() is threading.main_thread()
+    ours = [n for n, raising in _RAISING.items() if main and signal.getsignal(n) is raising]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, _RAISING[number])

@@ -12,7 +12,7 @@ from types import FrameType
 
 import pytest
 
-from divergence.interrupts import remembered
+from divergence.interrupts import Terminated, remembered, terminable
 
 
 def interrupt() -> None:
@@ -46,6 +46,26 @@ def test_a_dropped_interrupt_is_raised_at_the_next_step(
         somewhere()
         raise_if_interrupted()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_dropped_sigterm_is_raised_at_the_next_step() -> None:
+    with pytest.raises(Terminated), terminable(), remembered() as raise_if_interrupted:
+        with contextlib.suppress(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        raise_if_interrupted()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sigterm_that_the_program_handles_is_left_alone() -> None:
+    got: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: got.append(number))
+    try:
+        with terminable(), remembered() as raise_if_interrupted:
+            signal.raise_signal(signal.SIGTERM)
+            raise_if_interrupted()
+        assert got == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_an_interrupt_is_raised_where_it_comes() -> None:
