@@ -14,7 +14,8 @@ from divergence import __version__
 from divergence.cli_options import common, comparison, engine, sample
 from divergence.ending import Group
 from divergence.errors import counted
-from divergence.report_commands import diff, report, reports_into
+from divergence.report_commands import diff, report, reports_into, shown_width
+from divergence.working import check_writable
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
@@ -87,6 +88,8 @@ def compare(
         "config": config,
         "command": _command(),
     }
+    if repro is not None:
+        check_writable(repro)
     result: Comparison | Chain | Pairs
     only = inputs[0] if inputs else None
     with reports_into(out) as reports:
@@ -101,7 +104,8 @@ def compare(
                 result = compare_pair(ref, cand[0], only, **options, repro=repro, progress=shown)
             else:
                 result = compare_chain(ref, cand, only, **options, progress=shown)
-        reports.show(result)
+        reports.show(result)  # first: whatever comes of the reports, the verdict is known
+        reports.write(result)
     return reports.finish(result)
 
 
@@ -113,8 +117,7 @@ def explain(folder: str) -> int:
     from divergence.result import load_report
 
     result = load_report(folder)
-    width = click.get_current_context().terminal_width or 100
-    click.echo(render_explanation(result, width=width, color=sys.stdout.isatty()))
+    click.echo(render_explanation(result, width=shown_width(), color=sys.stdout.isatty()))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from divergence.errors import SourceError, one_line
-from divergence.working import cores
+from divergence.errors import ConfigurationError, DivergenceError, SourceError, counted, one_line
+from divergence.working import check_writable, cores
 
 if TYPE_CHECKING:
     from divergence.chain_result import Chain
     from divergence.pairs_result import PairResult, Pairs
     from divergence.reports.beside import Writers
     from divergence.result import Comparison
+
+_NARROWEST, _WIDEST = 60, 100
 
 EXIT = {"pass": 0, "fail": 1, "error": 2}
 """Exit status by verdict."""
@@ -33,6 +36,7 @@ def report(report_dir: str, link: str) -> int:
     with _sound(report_dir):
         result = load_any(report_dir)
         with reports_into(report_dir, link) as reports:
+            reports.write(result)
             reports.show(result)
         return reports.finish(result)
 
@@ -56,7 +60,7 @@ def diff(old: str, new: str, factor: float) -> int:
     reports = load_report(old), load_report(new)
     with _sound(old, new):
         found = run(*reports, factor)
-        click.echo(render_difference(found, width=_width(), color=sys.stdout.isatty()))
+        click.echo(render_difference(found, width=shown_width(), color=sys.stdout.isatty()))
     return {"regressed": 1, "error": 2}.get(found.verdict, 0)
 
 
@@ -89,6 +93,7 @@ class Reports:
         self._pages: list[str] = []
         self._writers: Writers | None = None
         self._added: set[str] = set()
+        self._failed: OSError | None = None
 
     def get_ready(self, *, several: bool) -> None:
         """Loads what draws, in a process beside this one, if there is a core for it.
@@ -101,10 +106,16 @@ class Reports:
             self._started(several=several).get_ready()
 
     def add(self, pair: PairResult) -> None:
-        """Has the reports of a pair written; what is over all pairs is written in the end."""
-        if self.folder is not None:
+        """Has the reports of a pair written; what is over all pairs is written in the end.
+
+        That one cannot be written is said then: it costs no pair its verdict.
+        """
+        if self.folder is not None and self._failed is None:
             self._added.add(pair.folder)
-            self._started().add(pair.comparison, self.folder / pair.folder)
+            try:
+                self._started().add(pair.comparison, self.folder / pair.folder)
+            except OSError as error:
+                self._failed = error
 
     def close(self) -> int:
         """Stops writing. Returns how many pairs have all their reports."""
@@ -118,21 +129,38 @@ class Reports:
         return self._writers
 
     def show(self, result: Comparison | Chain | Pairs) -> None:
-        """Writes all reports that are not yet written, and prints the terminal's."""
+        """Prints the terminal's report."""
         from divergence.reports.chain import render_chain
         from divergence.reports.pairs import render_pairs
         from divergence.reports.terminal import render
         from divergence.result import Comparison
 
-        if self.folder is not None:
-            self._pages = [page.relative_to(self.folder).as_posix() for page in self._write(result)]
-        shape: Any = {"width": _width(), "color": sys.stdout.isatty()}
+        shape: Any = {"width": shown_width(), "color": sys.stdout.isatty()}
         if isinstance(result, Comparison):
             click.echo(render(result, **shape))
         elif result.kind == "chain":
             click.echo(render_chain(result, **shape))
         else:
             click.echo(render_pairs(result, **shape))
+
+    def write(self, result: Comparison | Chain | Pairs) -> None:
+        """Writes all reports that are not yet written.
+
+        Raises:
+            DivergenceError: some of them cannot be written.
+        """
+        if self.folder is None:
+            return
+        try:
+            pages = self._write(result)
+            if self._failed is not None:
+                raise self._failed
+        except OSError as error:
+            raise DivergenceError(
+                f"{self._out}: not all reports could be written ({one_line(error)}); make room there, or "
+                "name another folder"
+            ) from error
+        self._pages = [page.relative_to(self.folder).as_posix() for page in pages]
 
     def _write(self, result: Comparison | Chain | Pairs) -> list[Path]:
         from divergence.reports import pages_of, write_all, write_over_pairs
@@ -163,23 +191,25 @@ def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
     """What writes the reports of a command into the folder or URL `out`.
 
     Raises:
+        ConfigurationError: nothing can be written into the folder.
         StorageError: the URL cannot be written.
     """
     if out is None:
         yield Reports(None, "")
         return
+    if not out.strip():
+        raise ConfigurationError("--out is empty, as of a variable that is not set; name a folder or its URL")
     if "://" not in out:
+        check_writable(Path(out))
         reports = Reports(Path(out), str(Path(out)), link)
         try:
             yield reports
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             written = reports.close()
             if not written:
                 raise
-            from divergence.reports import counted
-
             done = f"the reports of {counted(written, 'pair')} are in {out}, without an index"
-            raise click.ClickException(f"interrupted; {done}") from None
+            raise type(interrupt)(done) from None
         finally:
             reports.close()
         return
@@ -189,5 +219,6 @@ def reports_into(out: str | None, link: str = "") -> Iterator[Reports]:
         yield reports
 
 
-def _width() -> int:
-    return click.get_current_context().terminal_width or 100
+def shown_width() -> int:
+    """Columns that are printed: those of a terminal, or of COLUMNS, as far as tables are drawn for them."""
+    return min(max(shutil.get_terminal_size((_WIDEST, 0)).columns, _NARROWEST), _WIDEST)

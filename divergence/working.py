@@ -12,6 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from divergence.errors import ConfigurationError
+
 T = TypeVar("T")
 
 
@@ -23,6 +25,28 @@ def working_folder(keep: Path | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="divergence-") as folder:
         yield Path(folder)
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure that files can be written into `folder`, which need not be there yet, and leaves all as it
+    was.
+
+    Raises:
+        ConfigurationError: they cannot.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigurationError(
+            f"{folder}: no folder that can be written into ({error.strerror}); name another one"
+        ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -163,6 +163,40 @@ def test_a_path_without_a_name_is_one_line(folder: Path, args: list[str], messag
     assert message in refused(folder, *args)
 
 
+@pytest.mark.parametrize("option", ["--out", "--repro"])
+@pytest.mark.parametrize("place", ["model.py", "model.py/in", "/proc/new"])
+def test_where_nothing_can_be_written_nothing_runs(folder: Path, option: str, place: str) -> None:
+    message = refused(folder, "compare", "--ref", "absent.onnx", "--cand", "pytorch", option, place)
+    assert f"{place}: no folder that can be written into" in message
+
+
+def test_an_empty_folder_for_reports_is_refused(folder: Path) -> None:
+    message = refused(folder, "compare", "--ref", "pytorch", "--cand", "pytorch", "--out", "")
+    assert "--out is empty" in message
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_full_disk_while_reporting_costs_no_verdict(
+    folder: Path, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("divergence.reports.html.render_html", full)
+    monkeypatch.setattr("divergence.report_commands.cores", lambda: 1)
+    monkeypatch.setattr("divergence.reports.beside.Writers.add", full)
+    given = ["--inputs", "inputs.npz"] * samples
+    status, out, err = divergence(
+        folder, "compare", "--ref", "pytorch", "--cand", "pytorch", *given, "--out", "report"
+    )
+    assert status == 2
+    assert out.startswith("PASS")
+    assert err == (
+        "error: report: not all reports could be written (OSError: [Errno 28] No space left on device); make "
+        "room there, or name another folder\n"
+    )
+
+
 def test_an_unknown_key_names_the_nearest(folder: Path) -> None:
     (folder / "divergence.toml").write_text('[sources.pytorch]\nmodle = "model.py:load"\n')
     assert "'model'" in refused(folder, "compare", "--ref", "pytorch", "--cand", "pytorch")

@@ -152,3 +152,12 @@ def test_a_chain_is_rendered_again(tmp_path: Path) -> None:
     assert load_any(tmp_path) == Chain.from_json(chain().to_json())
     assert run("diff", tmp_path, tmp_path).output.startswith("error: ")
     assert run("diff", tmp_path / "1-onnx", tmp_path / "2-.._engine").exit_code == 1
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("40", 60), ("80", 80), ("300", 100)])
+def test_what_is_printed_is_as_wide_as_the_terminal(
+    columns: str, widest: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = run("report", saved(cases.fails(3), tmp_path)).output.splitlines()[:-1]
+    assert widest - 20 < max(map(len, shown)) <= widest

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
-from divergence.working import quiet_collector
+import pytest
+
+from divergence.errors import ConfigurationError
+from divergence.working import check_writable, quiet_collector
 
 
 class Node:
@@ -43,3 +47,19 @@ def test_what_others_have_frozen_stays_so() -> None:
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_a_folder_is_looked_at_and_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there", "new", "deep/er"):
+        check_writable(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/in", "link"])
+def test_what_is_no_folder_and_cannot_be_one_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ConfigurationError, match=rf"{name}: no folder that can be written into \(.*\); name"):
+        check_writable(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link"]

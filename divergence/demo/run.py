@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from divergence.working import check_writable
+
 
 def run(out: Path | None) -> int:
     """Compares the bundled model with a clean ONNX export, and with one whose rotary angles are
@@ -26,6 +28,8 @@ def run(out: Path | None) -> int:
     from divergence.reports.progress import progress
     from divergence.reports.terminal import render
 
+    if out is not None:
+        check_writable(out)
     candidates = {
         "clean": "a clean export of the model",
         "rotary-bf16": "an export that computes its rotary angles in bfloat16",
