@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,13 @@ from divergence.result import Comparison, Policy
 from divergence.thresholds import Thresholds, with_thresholds
 
 if TYPE_CHECKING:
-    import torch
+    from divergence.inputs import Given
 
 
 def assert_close(
     ref: object,
     cand: object,
-    inputs: Mapping[str, torch.Tensor] | str | None = None,
+    inputs: Given | None = None,
     *,
     tolerance: Thresholds | None = None,
     config: Config | None = None,
@@ -63,7 +62,7 @@ def assert_close(
 def _compared(
     ref: object,
     cand: object,
-    inputs: Mapping[str, torch.Tensor] | str | None,
+    inputs: Given | None,
     tolerance: Thresholds | None,
     config: Config | None,
     options: dict[str, Any],
@@ -76,21 +75,22 @@ def _compared(
         return compare(ref, cand, inputs, tolerance=judged, config=config, **options), None
     config = config or running.config()
     judged = config.tolerance
-    tolerances, marked = running.marked()
-    for given in tolerances:
-        judged = with_thresholds(judged, given, session.MARKER)
-    if tolerance is not None:
-        judged = _with(judged, tolerance)
-    options = {"command": running.command(), **marked, **options}
-    set_by_marker = options.pop("inputs", None)
-    inputs = set_by_marker if inputs is None else inputs
-    # Captures that the user wants to keep have to be made.
-    if options.get("keep") is None:
-        options.setdefault("references", running.references)
+    command = str(options.get("command", running.command()))
     try:
+        tolerances, marked = running.marked()
+        for given in tolerances:
+            judged = with_thresholds(judged, given, session.MARKER)
+        if tolerance is not None:
+            judged = _with(judged, tolerance)
+        options = {"command": command, **marked, **options}
+        set_by_marker = options.pop("inputs", None)
+        inputs = set_by_marker if inputs is None else inputs
+        # Captures that the user wants to keep have to be made.
+        if options.get("keep") is None:
+            options.setdefault("references", running.references)
         result = compare(ref, cand, inputs, tolerance=judged, config=config, **options)
     except DivergenceError as error:
-        running.record(_unanswered(ref, cand, str(error), judged, options["command"]))
+        running.record(_unanswered(ref, cand, str(error), judged, command))
         raise
     return result, running.record(result)
 

@@ -16,26 +16,28 @@ from divergence.blame import judge_step
 from divergence.chain_result import Chain, Difference, Step
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError
+from divergence.inputs import Given
 from divergence.job import Job
 from divergence.pipeline import timed
 from divergence.prepared import Reference, prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison, Policy, Verdict
-from divergence.setting import Inputs, Options
+from divergence.setting import Options
 
 if TYPE_CHECKING:
     from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.thresholds import Thresholds
 
 
 def compare_chain(
     ref: object,
     cands: Sequence[object],
-    inputs: Inputs | str | None = None,
+    inputs: Given | None = None,
     *,
     names: Sequence[str] = (),
     precision: str | None = None,
-    tolerance: Tolerance | None = None,
-    exclude: Sequence[str] = (),
+    tolerance: Thresholds | None = None,
+    exclude: str | Sequence[str] = (),
     detail: bool = False,
     replay: Literal["auto", "always", "never"] = "auto",
     floor: object = None,

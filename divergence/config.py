@@ -30,7 +30,6 @@ How a site is judged:
 
 from __future__ import annotations
 
-import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,12 +37,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from divergence.errors import ConfigurationError, nearest, one_line
+from divergence.limits import POLICIES, check_limit, check_tolerance, limits_at
 from divergence.result import METRICS
 from divergence.sites import Site, matches
 
 FILE = "divergence.toml"
 PYPROJECT = "pyproject.toml"
-POLICIES = ("noise-floor", "absolute")
 MODEL_DTYPES = ("float64", "float32", "float16", "bfloat16")
 DEFAULT_RATIO = 4.0
 
@@ -58,6 +57,10 @@ class Tolerance:
         sites: limits by site pattern and metric (`divergence.result.METRICS`), each in the unit of
             its metric, a lower bound where higher is better.
         absolute: patterns whose sites are judged by their limits alone, whatever the policy.
+
+    Raises:
+        ConfigurationError: there is no such policy or metric, a limit makes no sense, or the policy is
+            `absolute` and there is no limit.
     """
 
     policy: Literal["noise-floor", "absolute"] = "noise-floor"
@@ -65,24 +68,20 @@ class Tolerance:
     sites: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     absolute: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_tolerance(self.policy, self.ratio, self.sites)
+
     def judges_by_floor(self, site: Site) -> bool:
         """Whether the noise floor decides on `site`."""
         return self.policy == "noise-floor" and not any(matches(site, p) for p in self.absolute)
 
     def ratio_at(self, site: Site) -> float:
         """Largest error over noise floor at `site`."""
-        return self._merged(site).get("ratio", self.ratio)
+        return limits_at(self.sites, site).get("ratio", self.ratio)
 
     def limits(self, site: Site) -> dict[str, float]:
         """Absolute limits at `site` by metric."""
-        return {name: limit for name, limit in self._merged(site).items() if name != "ratio"}
-
-    def _merged(self, site: Site) -> dict[str, float]:
-        merged: dict[str, float] = {}
-        for pattern, limits in self.sites.items():
-            if matches(site, pattern):
-                merged.update(limits)
-        return merged
+        return {name: limit for name, limit in limits_at(self.sites, site).items() if name != "ratio"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class Config:
         return self.path.parent if self.path else Path.cwd()
 
 
-def load_config(path: Path | None = None, start: Path | None = None) -> Config:
+def load_config(path: str | Path | None = None, start: str | Path | None = None) -> Config:
     """Reads the configuration.
 
     Args:
@@ -155,12 +154,13 @@ def load_config(path: Path | None = None, start: Path | None = None) -> Config:
         ConfigurationError: no such file, invalid TOML, an unknown key, or a bad value.
     """
     if path is not None:
+        path = Path(path)
         content = _table_of(path, _read(path))
         if content is None:
             raise ConfigurationError(f"{path}: has no [tool.divergence]; add it, or name a {FILE}")
         return _config(path.absolute(), content)
     for name in (FILE, PYPROJECT):
-        found = (start or Path.cwd()).absolute() / name
+        found = Path(start or Path.cwd()).absolute() / name
         if found.is_file():
             content = _table_of(found, _read(found))
             if content is not None:
@@ -191,7 +191,7 @@ def parse_tolerance(text: str, base: Tolerance | None = None) -> Tolerance:
         value = float(number)
     except ValueError as error:
         raise ConfigurationError(f"{where}: '{number}' is not a number") from error
-    limit = _limit(where, metric, value)
+    limit = check_limit(where, metric, value)
     if metric == "ratio" and not pattern:
         return replace(base, ratio=limit)
     pattern = pattern or "*"
@@ -351,13 +351,13 @@ def _tolerance(table: _Table) -> Tolerance:
     policy = table.choice("policy", POLICIES) or "noise-floor"
     ratio = DEFAULT_RATIO
     if "ratio" in table.content:
-        ratio = _limit(f"{table.file}: {table.dotted('ratio')}", "ratio", table.number("ratio"))
+        ratio = check_limit(f"{table.file}: {table.dotted('ratio')}", "ratio", table.number("ratio"))
     patterns = table.table("sites")
     sites: dict[str, dict[str, float]] = {}
     for pattern in patterns.content:
         limits = patterns.table(pattern, METRICS)
         sites[pattern] = {
-            metric: _limit(f"{table.file}: {limits.dotted(metric)}", metric, limits.number(metric))
+            metric: check_limit(f"{table.file}: {limits.dotted(metric)}", metric, limits.number(metric))
             for metric in limits.content
         }
     if policy == "absolute":
@@ -372,18 +372,3 @@ def _tolerance(table: _Table) -> Tolerance:
                 table.dotted("ratio"), "has no effect under policy 'absolute'; remove one of them"
             )
     return Tolerance("absolute" if policy == "absolute" else "noise-floor", ratio, sites)
-
-
-def _limit(where: str, metric: str, value: float) -> float:
-    if metric not in METRICS:
-        hint = nearest(metric, METRICS) or f"; known: {', '.join(METRICS)}"
-        raise ConfigurationError(f"{where}: '{metric}' is not a metric{hint}")
-    if metric == "cosine":
-        good, range_ = -1.0 <= value <= 1.0, "between -1 and 1"
-    elif metric in {"ratio", "introduced_ratio"}:
-        good, range_ = value > 0 and math.isfinite(value), "a finite number above 0"
-    else:
-        good, range_ = value >= 0 and math.isfinite(value), "a finite number, 0 or more"
-    if not good:
-        raise ConfigurationError(f"{where}: {metric} is {value:g} and must be {range_}")
-    return value

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from divergence.errors import DivergenceError, InputError, SourceError, nearest, one_line
 from divergence.working import in_background
@@ -22,6 +22,9 @@ from divergence.working import in_background
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+Given: TypeAlias = "Mapping[str, torch.Tensor | np.ndarray[Any, Any]] | str | Path"
+"""Inputs as they are given: by name, or where to load them from."""
 
 FORMS = "a .safetensors or .npz file, FILE.py:FUNC or MODULE:FUNC"
 _ON_DEVICE = 64 << 20
@@ -63,6 +66,20 @@ def load_inputs(spec: str, base: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"{file}: no such file; give {FORMS}")
     loaded = _load_safetensors(file) if suffix == ".safetensors" else _load_npz(file)
     return _checked(loaded, str(file))
+
+
+def as_inputs(given: object) -> dict[str, torch.Tensor]:
+    """The tensors by input name of a mapping that holds tensors or numpy arrays.
+
+    Raises:
+        InputError: it is no mapping, is empty, or holds something else.
+    """
+    if not isinstance(given, Mapping):
+        raise InputError(
+            f"inputs is a {type(given).__name__}; give a mapping by input name, such as "
+            f"{{'input_ids': tensor}}, or where to load one from: {FORMS}"
+        )
+    return _checked(given, "the mapping")
 
 
 def digest(inputs: Mapping[str, torch.Tensor]) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 from divergence import __version__
 from divergence.errors import ConfigurationError, one_line
+from divergence.inputs import Given
 from divergence.pairs import STAGE, Answer, Work, reason_of
 from divergence.probes import Progress
 from divergence.result import Comparison
@@ -61,7 +62,7 @@ class _Task:
 def answers_of(
     address: str,
     work: Work,
-    given: Sequence[Inputs | str | None],
+    given: Sequence[Given | None],
     gpus: float | None,
     environment: dict[str, object],
     progress: Progress,
@@ -89,7 +90,7 @@ class _Run:
         self,
         ray: Any,
         work: Work,
-        given: Sequence[Inputs | str | None],
+        given: Sequence[Given | None],
         gpus: float | None,
         environment: dict[str, object],
         progress: Progress,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 from divergence.chain import labels_of, short, unanswered
 from divergence.config import Config, Tolerance, load_config
 from divergence.errors import ConfigurationError, DivergenceError, one_line
+from divergence.inputs import Given
 from divergence.interrupts import remembered
 from divergence.job import Job
 from divergence.pairs_result import PairResult, Pairs
@@ -24,8 +25,10 @@ from divergence.pipeline import timed
 from divergence.prepared import prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison
-from divergence.setting import Inputs, Options
+from divergence.setting import Options
+from divergence.sites import patterns_of
 from divergence.sources import open_source
+from divergence.thresholds import Thresholds, with_thresholds
 from divergence.working import file_name
 
 if TYPE_CHECKING:
@@ -44,15 +47,15 @@ def unseen(pair: PairResult) -> None:
 def compare_pairs(
     ref: object,
     cands: Sequence[object],
-    inputs: Sequence[Inputs | str] = (),
+    inputs: Sequence[Given] = (),
     *,
     ray: str | None = None,
     gpus: float | None = None,
     names: Sequence[str] = (),
     samples: Sequence[str] = (),
     precision: str | None = None,
-    tolerance: Tolerance | None = None,
-    exclude: Sequence[str] = (),
+    tolerance: Thresholds | None = None,
+    exclude: str | Sequence[str] = (),
     detail: bool = False,
     replay: Literal["auto", "always", "never"] = "auto",
     floor: object = None,
@@ -100,7 +103,7 @@ def compare_pairs(
         diagnose,
     )
     labels = labels_of(cands, names, "compare_pairs", label=_label)
-    given: Sequence[Inputs | str | None] = [None] if inputs == () else inputs
+    given: Sequence[Given | None] = [None] if inputs == () else inputs
     asked = [config.inputs or "inputs"] if inputs == () else inputs
     sample_labels = labels_of(asked, samples, "compare_pairs", "sample", _label)
     work = Work(
@@ -109,8 +112,8 @@ def compare_pairs(
         labels,
         config,
         options,
-        tolerance or config.tolerance,
-        tuple(exclude),
+        config.tolerance if tolerance is None else with_thresholds(config.tolerance, tolerance, "tolerance"),
+        patterns_of(exclude),
     )
     total = len(cands) * len(given)
     environment: dict[str, object] = {"pairs": total}
@@ -160,7 +163,7 @@ class Work:
 
     def answers(
         self,
-        inputs: Inputs | str | None,
+        inputs: Given | None,
         numbers: Sequence[int],
         keep: Path | None = None,
         progress: Progress = silent,
@@ -217,7 +220,7 @@ def reason_of(error: Exception) -> str:
 
 
 def _here(
-    work: Work, given: Sequence[Inputs | str | None], keep: Path | None, progress: Progress
+    work: Work, given: Sequence[Given | None], keep: Path | None, progress: Progress
 ) -> Generator[Answer, None, None]:
     """The pairs one after another, by sample."""
     numbers = range(len(work.cands))

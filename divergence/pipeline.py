@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from divergence.captures import Capture
-from divergence.config import Config, Tolerance, load_config
+from divergence.config import Config, load_config
+from divergence.inputs import Given
 from divergence.job import Job
+from divergence.limits import check_memory
 from divergence.prepared import prepared
 from divergence.probes import Progress, silent
 from divergence.result import Comparison
-from divergence.setting import Inputs, Options, read_inputs, record
+from divergence.setting import Options, read_inputs, record
 from divergence.sources import open_source
 from divergence.storage import recorded
+from divergence.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from divergence.probes.tensorrt.options import EngineOptions
@@ -28,11 +31,11 @@ __all__ = ["capture", "compare", "record", "timed"]
 def compare(
     ref: object,
     cand: object,
-    inputs: Inputs | str | None = None,
+    inputs: Given | None = None,
     *,
     precision: str | None = None,
-    tolerance: Tolerance | None = None,
-    exclude: Sequence[str] = (),
+    tolerance: Thresholds | None = None,
+    exclude: str | Sequence[str] = (),
     detail: bool = False,
     replay: Literal["auto", "always", "never"] = "auto",
     floor: object = None,
@@ -51,10 +54,12 @@ def compare(
     Args:
         ref: the reference: a source (see `divergence.sources.open_source`).
         cand: the candidate: a source.
-        inputs: tensors by input name, or where to load them from; by default the configuration's.
+        inputs: tensors or numpy arrays by input name, or where to load them from; by default the
+            configuration's.
         precision: what the candidate is meant to run in, where it does not show it itself.
-        tolerance: what to judge by; by default the configuration's.
-        exclude: patterns of sites not to compare, beside the configuration's.
+        tolerance: what to judge by, on top of the configuration's
+            (`divergence.thresholds.with_thresholds`).
+        exclude: patterns of sites not to compare, or one, beside the configuration's.
         detail: also compare query, attention, norms and MLP of every layer.
         replay: `auto` replays the reference's layers on the candidate's inputs unless the cumulative
             errors alone settle that the candidate passes.
@@ -104,7 +109,7 @@ def compare(
 
 def capture(
     source: object,
-    inputs: Inputs | str | None,
+    inputs: Given | None,
     path: str | Path,
     *,
     detail: bool = False,
@@ -124,6 +129,7 @@ def capture(
     Raises:
         DivergenceError: the source cannot be run, or the capture cannot be written.
     """
+    check_memory(memory)
     config = load_config() if config is None else config
     tensors = read_inputs(inputs, config)
     probe = open_source(source, config, reference=reference, memory=memory, engine=engine)

@@ -42,9 +42,8 @@ def check_precision(name: str) -> str:
         ConfigurationError: it is not.
     """
     if name not in PRECISIONS:
-        raise ConfigurationError(
-            f"precision '{name}' is unknown{nearest(name, PRECISIONS)} Known: {', '.join(PRECISIONS)}"
-        )
+        hint = nearest(name, PRECISIONS) or f"; known: {', '.join(PRECISIONS)}"
+        raise ConfigurationError(f"precision '{name}' is unknown{hint}")
     return name
 
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from divergence.alignment import align
 from divergence.comparing import compare_pair
 from divergence.comparison import on_device
-from divergence.config import Config, Tolerance
+from divergence.config import Config
 from divergence.errors import ConfigurationError
+from divergence.inputs import Given
 from divergence.masks import valid_tokens
 from divergence.noise import Floor, emulated, measure
 from divergence.probes import Progress
 from divergence.setting import (
-    Inputs,
     Options,
     Setting,
     begin,
@@ -26,7 +26,9 @@ from divergence.setting import (
     one_core_spared,
     read_inputs,
 )
+from divergence.sites import patterns_of
 from divergence.sources import open_source
+from divergence.thresholds import Thresholds, with_thresholds
 from divergence.working import quiet_collector, working_folder
 
 if TYPE_CHECKING:
@@ -56,12 +58,12 @@ class Reference:
 def prepared(
     ref: object,
     cands: Sequence[object],
-    inputs: Inputs | str | None,
+    inputs: Given | None,
     *,
     config: Config,
     options: Options,
-    tolerance: Tolerance | None,
-    exclude: Sequence[str],
+    tolerance: Thresholds | None,
+    exclude: str | Sequence[str],
     keep: Path | None,
     progress: Progress,
     references: ReferenceCache | None = None,
@@ -72,6 +74,10 @@ def prepared(
     Raises:
         DivergenceError: the inputs cannot be read, or the reference cannot be run.
     """
+    judged = config.tolerance
+    if tolerance is not None:
+        judged = with_thresholds(judged, tolerance, "tolerance")
+    excluded = (*config.exclude, *patterns_of(exclude))
     with (
         getting_ready(cands, config, options) as early,
         working_folder(keep) as folder,
@@ -81,8 +87,8 @@ def prepared(
             config,
             options,
             read_inputs(inputs, config),
-            tolerance or config.tolerance,
-            (*config.exclude, *exclude),
+            judged,
+            excluded,
             folder,
             progress,
             early,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 from divergence.budget import Budget
 from divergence.captures import Capture
 from divergence.config import Config, Tolerance
-from divergence.errors import InputError
-from divergence.inputs import Digesting, load_inputs, token_masks
+from divergence.errors import ConfigurationError, InputError, nearest
+from divergence.inputs import Digesting, Given, as_inputs, load_inputs, token_masks
+from divergence.limits import check_memory
 from divergence.precision import check_precision
 from divergence.probes import Observation, Probe, Progress
 from divergence.probes.recorded import RecordedProbe
@@ -31,13 +32,15 @@ if TYPE_CHECKING:
 
 Inputs = Mapping[str, "torch.Tensor"]
 
+REPLAYS = ("auto", "always", "never")
+
 
 @dataclass(frozen=True)
 class Options:
     """Choices of a comparison; see `compare`.
 
     Raises:
-        ConfigurationError: there is no such precision.
+        ConfigurationError: there is no such precision or way to replay, or `memory` is no number of bytes.
     """
 
     precision: str | None = None
@@ -51,8 +54,12 @@ class Options:
     repro: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.precision:
+        if self.precision is not None:
             check_precision(self.precision)
+        if self.replay not in REPLAYS:
+            hint = nearest(str(self.replay), REPLAYS) or f"; use one of {', '.join(REPLAYS)}"
+            raise ConfigurationError(f"replay is '{self.replay}', which is not known{hint}")
+        check_memory(self.memory)
 
     @property
     def under_way(self) -> int:
@@ -239,11 +246,11 @@ def _inner(probe: Probe) -> object:
     return getattr(probe, "probe", probe)
 
 
-def read_inputs(inputs: Inputs | str | None, config: Config) -> Inputs:
+def read_inputs(inputs: Given | None, config: Config) -> Inputs:
     """The tensors by input name that `inputs`, or else the configuration, names.
 
     Raises:
-        InputError: neither names any, or they cannot be read.
+        InputError: neither names any, they cannot be read, or are no mapping of tensors or arrays.
     """
     if inputs is None:
         if config.inputs is None:
@@ -252,7 +259,7 @@ def read_inputs(inputs: Inputs | str | None, config: Config) -> Inputs:
                 "or set inputs in divergence.toml"
             )
         inputs = config.inputs
-    return load_inputs(inputs, config.base) if isinstance(inputs, str) else dict(inputs)
+    return load_inputs(str(inputs), config.base) if isinstance(inputs, str | Path) else as_inputs(inputs)
 
 
 def record(

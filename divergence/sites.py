@@ -114,6 +114,21 @@ def matches(site: Site, pattern: str) -> bool:
     return "@" not in pattern and fnmatch.fnmatchcase(text.split("@", maxsplit=1)[0], pattern)
 
 
+def patterns_of(given: object, where: str = "exclude") -> tuple[str, ...]:
+    """The patterns of sites in `given`, several or one text.
+
+    Raises:
+        ConfigurationError: one is empty or no text; the message begins with `where`.
+    """
+    several = given if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
+    patterns = []
+    for pattern in several:
+        if not isinstance(pattern, str) or not pattern.strip():
+            raise ConfigurationError(f"{where}: {pattern!r} is no pattern of sites such as 'layers.*.key'")
+        patterns.append(pattern)
+    return tuple(patterns)
+
+
 def in_execution_order(sites: Iterable[Site], stacks: Iterable[str] = ()) -> list[Site]:
     """Sorts `sites` by execution order: call, stack (in the order given), layer, tensor;
     model outputs last."""

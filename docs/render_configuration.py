@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from divergence import config
+from divergence import config, limits
 from divergence.cli import main as commands
 from divergence.errors import ConfigurationError
 from divergence.precision import PRECISIONS
@@ -45,7 +45,7 @@ TYPES: Mapping[str, str] = {
 """What TOML calls the type of a field."""
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "tolerance.policy": config.POLICIES,
+    "tolerance.policy": limits.POLICIES,
     "sources.NAME.dtype": config.MODEL_DTYPES,
 }
 """Keys that take one of several words."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from divergence import verdict
-from divergence.config import Tolerance
 from divergence.errors import counted as counted
+from divergence.limits import limits_at
 from divergence.result import METRICS, Comparison, Policy, SiteResult
 from divergence.sites import Site
 from divergence.working import file_name
@@ -189,7 +189,7 @@ def address(site: SiteResult) -> Site:
 
 def judged(site: SiteResult, policy: Policy) -> Judged:
     """The figures by which `site` was judged: the introduced error where replay gave one."""
-    limit = _tolerance(policy).ratio_at(address(site))
+    limit = limits_at(policy.sites, address(site)).get("ratio", policy.ratio)
     if site.introduced_ratio is not None:
         return Judged(site.introduced, site.introduced_floor, site.introduced_ratio, limit, introduced=True)
     errors = [e for e in (site.rel_l2, site.row_rel_l2) if e is not None]
@@ -218,14 +218,11 @@ def in_words(site: SiteResult, policy: Policy) -> str:
 
 def exceeded_limits(site: SiteResult, policy: Policy) -> list[str]:
     """The absolute limits that `site` exceeds: `mse 3.1e-3 is above the limit 1e-5`."""
-    limits = {m: limit for m, limit in _tolerance(policy).limits(address(site)).items() if m in METRICS}
+    found = limits_at(policy.sites, address(site))
+    limits = {metric: limit for metric, limit in found.items() if metric in METRICS and metric != "ratio"}
     figures = {metric: getattr(site, metric) for metric in limits}
     return [
         # Six digits: a cosine of 0.99897 must not read as the 0.999 that it misses.
-        f"{found.metric} {number(found.value, 6)} is {found.side} the limit {number(found.limit)}"
-        for found in verdict.exceeded_limits(figures, limits)
+        f"{e.metric} {number(e.value, 6)} is {e.side} the limit {number(e.limit)}"
+        for e in verdict.exceeded_limits(figures, limits)
     ]
-
-
-def _tolerance(policy: Policy) -> Tolerance:
-    return Tolerance(policy.policy, policy.ratio, policy.sites)

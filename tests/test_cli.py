@@ -125,6 +125,8 @@ def test_inspect_lists_the_sites(folder: Path) -> None:
         (["--cand", "model.py"], "model.py"),
         (["--cand", "engine.plan"], "engine.plan: no such file; build it"),
         (["--cand", "pytorch", "--precision", "fp61"], "precision 'fp61' is unknown"),
+        (["--cand", "pytorch", "--precision", ""], "precision '' is unknown"),
+        (["--cand", "pytorch", "--exclude", ""], "exclude: '' is no pattern"),
         (["--cand", "pytorch", "--inputs", "none.npz"], "none.npz"),
         (["--cand", "pytorch", "--tolerance", "cosin=1"], "cosin"),
         (["--cand", "pytorch", "--keep-captures"], "--keep-captures needs --out"),

@@ -237,6 +237,7 @@ def test_thresholds_of_the_configuration_of_the_root(suite: pytest.Pytester) -> 
         ("7", "a tolerance is a text such as"),
         ("{'layers.*': 0.1}", "give limits by metric"),
         ("{'layers.*': {'mse': 'small'}}", "must be a number"),
+        ("exclude=''", "exclude: '' is no pattern of sites"),
     ],
 )
 def test_a_marker_that_makes_no_sense_is_one_line(suite: pytest.Pytester, marker: str, said: str) -> None:
@@ -249,9 +250,11 @@ def test_a_marker_that_makes_no_sense_is_one_line(suite: pytest.Pytester, marker
             divergence(reference(), candidate(), INPUTS)
         """
     )
-    result = run(suite)
+    result = run(suite, "--divergence-report", "reports")
     result.assert_outcomes(failed=1)
     assert len(message(result)) == 1 and said in message(result)[0]
+    (entry,) = index(suite.path / "reports")["comparisons"]
+    assert entry["verdict"] == "error" and said in entry["reason"]
 
 
 REPORTED = """
