@@ -27,6 +27,9 @@ Given: TypeAlias = "Mapping[str, torch.Tensor | np.ndarray[Any, Any]] | str | Pa
 """Inputs as they are given: by name, or where to load them from."""
 
 FORMS = "a .safetensors or .npz file, FILE.py:FUNC or MODULE:FUNC"
+USER_MODULE = "divergence_user_"
+"""What the name of a module begins with that a user's FILE.py is run as."""
+
 _ON_DEVICE = 64 << 20
 """Most bytes of an input that is copied within a device's memory."""
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle"})
@@ -253,7 +256,7 @@ def _import_file(file: Path) -> ModuleType:
         siblings = [p.name for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise SourceError(f"{file}: no such file{nearest(file.name, siblings)}")
     _put_on_path(file.parent)
-    name = f"divergence_user_{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
+    name = f"{USER_MODULE}{file.stem}_{hashlib.sha256(os.fsencode(file)).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise SourceError(f"{file}: cannot be imported as a Python file")

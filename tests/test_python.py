@@ -18,9 +18,9 @@ ARRAYS = {name: tensor.numpy() for name, tensor in demo.inputs().items()}
 
 
 def faulty() -> Any:
-    model = demo.load()
+    model: Any = demo.load()
     with torch.no_grad():
-        next(p for name, p in model.named_parameters() if "layers.1" in name and "v_proj" in name).mul_(1.02)
+        model.layers[1].self_attn.v_proj.weight.mul_(1.02)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -87,6 +88,82 @@ def test_the_first_failing_layer_replays_alone(tmp_path: Path) -> None:
     )
     assert "max difference 0\n" in ran.stdout
     assert "value: the candidate is off by 0.02 " in ran.stdout
+
+
+USERS = """
+import torch
+from divergence import demo
+from divergence.demo.model import DecoderLayer
+from users_neighbour import gain
+
+class Layer(DecoderLayer):
+    pass
+
+def load():
+    model = demo.load()
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.__class__ = Layer
+    return model
+
+def faulty():
+    model = load()
+    with torch.no_grad():
+        model.layers[1].self_attn.v_proj.weight.mul_(gain())
+    return model
+
+def inputs():
+    return demo.inputs()
+"""
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_layer_of_a_users_file_replays_alone_anywhere(moved: bool, tmp_path: Path) -> None:
+    """Whether the file is still there or not."""
+    (tmp_path / "users.py").write_text(USERS)
+    (tmp_path / "users_neighbour.py").write_text("def gain():\n    return 1.02\n")
+    file = tmp_path / "users.py"
+    sources = [
+        "--ref",
+        f"pytorch:{file}:load",
+        "--cand",
+        f"pytorch:{file}:faulty",
+        "--inputs",
+        f"{file}:inputs",
+    ]
+    repro = ["--repro", str(tmp_path / "repro"), "--no-diagnosis"]
+    ran = CliRunner().invoke(main, ["compare", *sources, *repro])
+    assert ran.exit_code == 1, ran.output
+    assert "can be replayed alone" in " ".join(ran.output.split())
+    if moved:
+        file.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    again = subprocess.run(
+        [sys.executable, str(tmp_path / "repro" / "replay.py")],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path / "elsewhere",
+    )
+    assert again.returncode == 0, again.stderr
+    assert "max difference 0\n" in again.stdout
+    assert "value: the candidate is off by 0.02 " in again.stdout
+
+
+def test_a_layer_that_no_other_process_can_load_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one whose class a program has put together."""
+    reference = MODELS["llama"]()
+    candidate = planted(reference, _gain)
+    kind = type(layer(reference, 1))
+    own = ModuleType("put_together")
+    own.Layer = type("Layer", (kind,), {"__module__": "put_together", "__qualname__": "Layer"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "put_together", own)
+    layer(reference, 1).__class__ = own.Layer
+    result = diagnosed(reference, candidate, inputs_for("llama"), repro=tmp_path, diagnose=False)
+    (note,) = [note for note in result.notes if "replay.py" in note]
+    assert "replay.py cannot load it: it needs put_together, which no other process finds" in note
 
 
 def test_a_layer_that_cannot_be_pickled_is_an_error(tmp_path: Path) -> None:
