@@ -47,9 +47,14 @@ class AlignmentError(DivergenceError):
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The first non-empty line of `error`'s message, with its type, cut to `limit` characters."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """The first line of `error`'s message that says something, with what is before it and the type, cut to
+    `limit` characters. A word alone says nothing."""
+    said: list[str] = []
+    for line in filter(None, map(str.strip, str(error).splitlines())):
+        said.append(line)
+        if " " in line:
+            break
+    text = " ".join([f"{type(error).__name__}:", *said]) if said else type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -27,9 +27,7 @@ Given: TypeAlias = "Mapping[str, torch.Tensor | np.ndarray[Any, Any]] | str | Pa
 """Inputs as they are given: by name, or where to load them from."""
 
 FORMS = "a .safetensors or .npz file, FILE.py:FUNC or MODULE:FUNC"
-USER_MODULE = "divergence_user_"
-"""What the name of a module begins with that a user's FILE.py is run as."""
-
+USER_MODULE = "divergence_user_"  # what the module that a FILE.py is run as is called, and more
 _ON_DEVICE = 64 << 20
 """Most bytes of an input that is copied within a device's memory."""
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle"})
@@ -242,6 +240,8 @@ def describe_exception(error: BaseException, file: str | None = None) -> str:
     if isinstance(error, SyntaxError) and error.filename:
         return f"{one_line(error)} at {Path(error.filename).name}, line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
+    if file is not None and len(frames) == 1:  # the call itself: no line of the file has run
+        return f"{one_line(error)}, when called without arguments, in {Path(file).name}"
     own = [frame for frame in frames if frame.filename == file] or list(frames)
     return (
         f"{one_line(error)} at {Path(own[-1].filename).name}, line {own[-1].lineno}"

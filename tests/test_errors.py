@@ -22,6 +22,8 @@ def test_all_errors_share_one_base_and_are_in_the_tree() -> None:
     [
         (ValueError("bad"), "ValueError: bad"),
         (ValueError("\n\n  second line \nthird"), "ValueError: second line"),
+        (ValueError("no\nthe shapes differ\nat all"), "ValueError: no the shapes differ"),
+        (ValueError("no"), "ValueError: no"),
         (ValueError(), "ValueError"),
         (KeyError("k"), "KeyError: 'k'"),
     ],

@@ -173,7 +173,7 @@ def test_npz_of_text_is_refused(tmp_path: Path) -> None:
         ),
         ("return {3: 4}", "has the name 3; names of inputs are texts"),
         ("return {'': 4}", "has the name ''; names of inputs are texts"),
-        ("\n    raise ValueError('bad\\nworse')", "raised ValueError: bad at users_file.py, line 3"),
+        ("\n    raise ValueError('bad\\nworse')", "raised ValueError: bad worse at users_file.py, line 3"),
         ("import sys; sys.exit(3)", "raised SystemExit: 3 at users_file.py, line 2"),
     ],
 )

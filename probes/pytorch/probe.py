@@ -321,9 +321,9 @@ class PyTorchProbe:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in inputs:
             if name not in known and not takes_any:
+                hint = f"it takes {', '.join(known)}" if known else "its forward names none"
                 raise InputError(
-                    f"{self.source}: the model has no input '{name}'{nearest(name, known)} "
-                    f"It takes {', '.join(known)}"
+                    f"{self.source}: the model has no input '{name}'{nearest(name, known)}; {hint}"
                 )
         missing = [p.name for p in named if p.default is p.empty and p.name not in inputs]
         if missing:

@@ -207,7 +207,7 @@ def test_layers_that_are_never_called_are_refused() -> None:
     ("inputs", "message"),
     [
         ({"inputs_ids": torch.zeros(1, 2, dtype=torch.int64)}, "did you mean 'input_ids'"),
-        ({"x": torch.zeros(1, 2)}, "no input 'x'"),
+        ({"x": torch.zeros(1, 2)}, "no input 'x'; it takes input_ids"),
     ],
 )
 def test_wrong_input_names_are_refused(inputs: dict[str, Tensor], message: str) -> None:
