@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,7 @@ def compare(
         "replay": replay,
         "floor": floor,
         "memory": memory << 20,
-        "engine": _engine_options(engine_options),
+        "engine": _engine_options(engine_options, cand, config),
         "diagnose": not no_diagnosis,
         "config": config,
         "command": _command(),
@@ -156,7 +157,7 @@ def capture(
             detail=detail,
             reference=open_capture(reference) if reference else None,
             memory=memory << 20,
-            engine=_engine_options(engine_options),
+            engine=_engine_options(engine_options, [source], config),
             config=config,
             progress=shown,
         )
@@ -183,7 +184,9 @@ def inspect(
     from divergence.reports.terminal import render_description
     from divergence.sources import open_source
 
-    probe = open_source(source, config, memory=memory << 20, engine=_engine_options(engine_options))
+    probe = open_source(
+        source, config, memory=memory << 20, engine=_engine_options(engine_options, [source], config)
+    )
     spec = inputs or config.inputs
     click.echo(render_description(probe.describe(load_inputs(spec, config.base) if spec else None)))
     return 0
@@ -300,16 +303,29 @@ main.add_command(report)
 main.add_command(diff)
 
 
-def _engine_options(given: Mapping[str, Any]) -> EngineOptions:
-    from divergence.probes.tensorrt.options import EngineOptions
+def _engine_options(given: Mapping[str, Any], sources: Sequence[str], config: Config) -> EngineOptions:
+    """How engines are run.
 
-    return EngineOptions(
+    Raises:
+        click.UsageError: something is asked for, and none of the sources is an engine.
+    """
+    from divergence.probes.tensorrt.options import EngineOptions
+    from divergence.sources import is_engine, settings_of
+
+    options = EngineOptions(
         host=given["host"],
         context=given["context"],
         plugins=given["plugin"],
         profile=given["profile"],
         hazards=given["hazards"],
     )
+    none = EngineOptions()
+    asked = [f.name for f in dataclasses.fields(none) if getattr(options, f.name) != getattr(none, f.name)]
+    known = [settings_of(source, config) for source in sources]
+    if asked and all(settings is not None and not is_engine(settings) for settings in known):
+        option = "--" + asked[0].removesuffix("s" if asked[0] == "plugins" else "")
+        raise click.UsageError(f"{option} is for engines, and {', '.join(sources)} is none; leave it out")
+    return options
 
 
 def _config(path: Path | None) -> Config:

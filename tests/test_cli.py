@@ -24,6 +24,9 @@ MODEL = f"""{model_file.MODEL}
 def text():
     return "model"
 
+def needs(x):
+    return x
+
 def flat():
     return torch.nn.Linear(2, 2)
 
@@ -122,6 +125,15 @@ def test_inspect_lists_the_sites(folder: Path) -> None:
         (["--cand", "pytorch:model.py:laod"], "'load'"),
         (["--cand", "pytorch:absent.py:load"], "absent.py: no such file"),
         (["--cand", "pytorch:broken.py:load"], "SyntaxError"),
+        (["--cand", "pytorch:model.py:needs"], "argument: 'x', when called without arguments, in model.py"),
+        (["--cand", "wrong", "--inputs", "model.py:needs"], "when called without arguments, in model.py"),
+        (["--cand", "pytorch", "--host", "both"], "--host is for engines, and pytorch is none; leave it out"),
+        (
+            ["--cand", "a.onnx", "--cand", "pytorch", "--hazards"],
+            "--hazards is for engines, and a.onnx, pytorch",
+        ),
+        (["--cand", "pytorch", "--plugin", "nope.so"], "--plugin is for engines"),
+        (["--cand", "engine.plan", "--hazards"], "engine.plan: no such file; build it"),
         (["--cand", "model.py"], "model.py"),
         (["--cand", "engine.plan"], "engine.plan: no such file; build it"),
         (["--cand", "pytorch", "--precision", "fp61"], "precision 'fp61' is unknown"),
