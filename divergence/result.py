@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from divergence.errors import SourceError, one_line
+from divergence.errors import SourceError, StorageError, nearest, one_line
+from divergence.working import file_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,7 +209,10 @@ class Policy:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is known after comparing a candidate with a reference."""
+    """Everything that is known after comparing a candidate with a reference.
+
+    Two are equal where `report.json` says the same of both, which has no NaN that differs from itself.
+    """
 
     verdict: Verdict
     reason: str
@@ -226,6 +230,11 @@ class Comparison:
     command: str = ""
     schema: int = SCHEMA
 
+    def __eq__(self, other: object) -> bool:
+        return as_plain(self) == as_plain(other) if isinstance(other, Comparison) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
     def unanswered(
         cls, reason: str, *, reference: str, candidate: str, policy: Policy, command: str = ""
@@ -242,7 +251,7 @@ class Comparison:
         for result in self.sites:
             if result.site == name:
                 return result
-        raise KeyError(name)
+        raise KeyError(f"{name}: no such site was compared{nearest(name, [r.site for r in self.sites])}")
 
     def to_frame(self) -> pd.DataFrame:
         """The sites as a table of pandas, with the columns that `divergence.frame.COLUMNS` documents."""
@@ -274,9 +283,18 @@ class Comparison:
                 mend = "update divergence" if newer else "run compare again"
                 raise SourceError(f"{where}: report schema {schema}, this version reads {SCHEMA}; {mend}")
             if content.get("kind") == "chain":
-                raise SourceError(f"{where}: the report of a chain; read it with divergence.Chain.from_json")
+                first = f"1-{file_name(content['names'][0])}"
+                raise SourceError(
+                    f"{where}: the report of a chain; name that of one of its candidates, such as {first} "
+                    "beside it, or read it with divergence.Chain.from_json"
+                )
+            if content.get("kind") in {"pairs", "session"}:
+                raise SourceError(
+                    f"{where}: the index of several reports; name one of them, such as "
+                    f"{content['comparisons'][0]['folder']} beside it"
+                )
             return from_plain(cls, content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise SourceError(f"{where}: not a report of divergence ({one_line(error)})") from error
 
 
@@ -287,7 +305,14 @@ def load_report(path: str | Path) -> Comparison:
         SourceError: there is none, or it cannot be read.
         StorageError: the URL cannot be read.
     """
-    return Comparison.from_json(*report_text(path))
+    try:
+        text, where = report_text(path)
+    except (SourceError, StorageError) as missing:
+        try:
+            text, where = report_text(path, "index.json")  # of several, which is refused with their names
+        except (SourceError, StorageError):
+            raise missing from None
+    return Comparison.from_json(text, where)
 
 
 def report_text(path: str | Path, name: str = "report.json") -> tuple[str, str]:

@@ -10,6 +10,7 @@ from click.testing import CliRunner, Result
 
 from divergence.chain_result import Chain, Step, load_any
 from divergence.cli import main
+from divergence.pairs_result import PairResult, Pairs
 from divergence.reports import write_all
 from divergence.result import Comparison, load_report
 from tests.reports import cases
@@ -161,3 +162,18 @@ def test_what_is_printed_is_as_wide_as_the_terminal(
     monkeypatch.setenv("COLUMNS", columns)
     shown = run("report", saved(cases.fails(3), tmp_path)).output.splitlines()[:-1]
     assert widest - 20 < max(map(len, shown)) <= widest
+
+
+@pytest.mark.parametrize("command", [["explain"], ["diff"]])
+def test_a_folder_of_several_reports_names_one_of_them(command: list[str], tmp_path: Path) -> None:
+    each = [PairResult(name, "a", cases.passes(2), f"{i}-{name}-a") for i, name in enumerate("xy", 1)]
+    write_all(Pairs.of(each, "pytorch", {}), tmp_path / "pairs")
+    write_all(chain(), tmp_path / "chain")
+    for folder, said in (
+        ("pairs", "index.json: the index of several reports; name one of them, such as 1-x-a beside it"),
+        ("chain", "report.json: the report of a chain; name that of one of its candidates, such as 1-onnx"),
+    ):
+        result = run(*command, *[tmp_path / folder] * (2 if command == ["diff"] else 1))
+        assert result.exit_code == 2
+        assert said in result.output and len(result.output.splitlines()) == 1
+    assert run("explain", tmp_path / "pairs" / "1-x-a").exit_code == 0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,6 +21,7 @@ from divergence.result import (
     SiteResult,
     Unmatched,
 )
+from tests.reports import cases
 
 FINITE = st.none() | st.floats(allow_nan=False, allow_infinity=False)
 TEXT = st.text(max_size=12)
@@ -160,3 +162,21 @@ def test_other_json_is_refused_in_one_line(text: str, message: str) -> None:
         Comparison.from_json(text, "r.json")
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_read_back_is_equal_though_a_figure_is_nan() -> None:
+    case = cases.CASES["fail"]
+    odd = dataclasses.replace(
+        case,
+        sites=(dataclasses.replace(case.sites[0], mse=float("nan"), max_abs=float("inf")), *case.sites[1:]),
+    )
+    assert Comparison.from_json(odd.to_json()) == odd
+    assert odd != case
+    assert odd != "another thing"
+
+
+def test_a_site_that_is_none_comes_with_the_nearest() -> None:
+    with pytest.raises(
+        KeyError, match=r"layers.0.kye: no such site was compared; did you mean 'layers.0.key'\?"
+    ):
+        cases.CASES["pass"].site("layers.0.kye")

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from divergence.errors import AlignmentError
+
 if TYPE_CHECKING:
     import torch
 
@@ -64,6 +66,7 @@ def compare_tensors(
         AlignmentError: the shapes differ, there are no elements, the names or the mask do not fit,
             or the values are not real numbers.
     """
+    _check_values(reference=ref, candidate=cand)
     if _on_one_gpu(ref, cand):
         from divergence.comparison import gpu
 
@@ -75,6 +78,16 @@ def compare_tensors(
     from divergence.comparison import cpu
 
     return cpu.compare(ref, cand, axes=axes, mask=mask)
+
+
+def _check_values(**sides: Values) -> None:
+    for name, values in sides.items():
+        for kind in ("meta", "nested", "sparse"):
+            if getattr(values, f"is_{kind}", False):
+                raise AlignmentError(
+                    f"the {name} is a {kind} tensor, whose values cannot be compared one by one; give one "
+                    "that holds them all"
+                )
 
 
 def _compared_there(

@@ -267,3 +267,18 @@ def test_memory_beside_the_tensors_stays_under_64_mib(shape: str) -> None:
         [sys.executable, "-c", _MEASURE, shape], capture_output=True, text=True, check=True
     )
     assert int(done.stdout) < 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("odd", "kind"),
+    [
+        (torch.empty(2, 3, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), "nested"),
+        (torch.zeros(2, 3).to_sparse(), "sparse"),
+    ],
+)
+def test_tensors_without_values_of_their_own_are_refused(odd: torch.Tensor, kind: str) -> None:
+    with pytest.raises(AlignmentError, match=f"the reference is a {kind} tensor"):
+        compare_tensors(odd, torch.zeros(2, 3))
+    with pytest.raises(AlignmentError, match=f"the candidate is a {kind} tensor"):
+        compare_tensors(torch.zeros(2, 3), odd)
