@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from divergence import __version__
-from divergence.cli_options import common, comparison, engine, sample
+from divergence.cli_options import as_folder, common, comparison, engine, sample
 from divergence.ending import Group
 from divergence.errors import counted
 from divergence.report_commands import diff, report, reports_into, shown_width
@@ -145,6 +145,8 @@ def capture(
 ) -> int:
     """Run SRC and record its sites, to compare elsewhere or later."""
     config = _config(config_file)
+    if "://" not in out:
+        check_writable(Path(out).parent)
     from divergence.captures import open_capture
     from divergence.pipeline import capture as run
     from divergence.reports.progress import progress
@@ -252,6 +254,7 @@ def build(
 ) -> int:
     """Build a TensorRT engine whose sites can be seen, and its map beside it."""
     config = _config(config_file)
+    check_writable(out.parent)
     from divergence.captures import open_capture
     from divergence.inputs import load_inputs
     from divergence.probes.tensorrt.build import BuildOptions, build_engine, parse_shapes
@@ -291,7 +294,7 @@ def build(
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Folder for the two reports.")
+@click.option("--out", callback=as_folder, metavar="DIR", help="Folder for the two reports.")
 def demo(out: Path | None) -> int:
     """Run the main job on the bundled model: a clean ONNX export, and one with a planted fault."""
     from divergence.demo.run import run

@@ -22,6 +22,17 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+def as_folder(_context: click.Context, _option: click.Parameter, given: str | None) -> Path | None:
+    """The folder that an option names. An empty text would be the current one.
+
+    Raises:
+        click.BadParameter: it is empty.
+    """
+    if given is not None and not given.strip():
+        raise click.BadParameter("it is empty, as of a variable that is not set; name a folder")
+    return None if given is None else Path(given)
+
+
 _SAMPLE = ".safetensors, .npz, FILE.py:FUNC or MODULE:FUNC; a file's URL too."
 
 sample = _all(click.option("--inputs", metavar="FILE", help=_SAMPLE))
@@ -121,7 +132,7 @@ comparison = _all(
     click.option("--keep-captures", is_flag=True, help="Keep all captures in --out."),
     click.option(
         "--repro",
-        type=click.Path(path_type=Path),
+        callback=as_folder,
         metavar="DIR",
         help="Write the first failing layer for replay.",
     ),

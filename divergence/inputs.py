@@ -73,14 +73,14 @@ def as_inputs(given: object) -> dict[str, torch.Tensor]:
     """The tensors by input name of a mapping that holds tensors or numpy arrays.
 
     Raises:
-        InputError: it is no mapping, is empty, or holds something else.
+        InputError: it is no mapping, or holds something else.
     """
     if not isinstance(given, Mapping):
         raise InputError(
             f"inputs is a {type(given).__name__}; give a mapping by input name, such as "
             f"{{'input_ids': tensor}}, or where to load one from: {FORMS}"
         )
-    return _checked(given, "the mapping")
+    return _checked(given, "the mapping") if given else {}
 
 
 def digest(inputs: Mapping[str, torch.Tensor]) -> str:

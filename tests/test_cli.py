@@ -184,9 +184,22 @@ def test_where_nothing_can_be_written_nothing_runs(folder: Path, option: str, pl
     assert f"{place}: no folder that can be written into" in message
 
 
-def test_an_empty_folder_for_reports_is_refused(folder: Path) -> None:
-    message = refused(folder, "compare", "--ref", "pytorch", "--cand", "pytorch", "--out", "")
-    assert "--out is empty" in message
+@pytest.mark.parametrize("command", [["capture", "absent.onnx"], ["build", "absent.onnx"]])
+def test_where_no_file_can_be_written_nothing_runs(folder: Path, command: list[str]) -> None:
+    message = refused(folder, *command, "--out", "model.py/in")
+    assert message.startswith("error: model.py: no folder that can be written into")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compare", "--ref", "pytorch", "--cand", "pytorch", "--out", ""], "--out is empty"),
+        (["compare", "--ref", "pytorch", "--cand", "pytorch", "--repro", ""], "'--repro': it is empty"),
+        (["demo", "--out", ""], "'--out': it is empty"),
+    ],
+)
+def test_an_empty_folder_is_refused(folder: Path, args: list[str], message: str) -> None:
+    assert message in refused(folder, *args)
 
 
 @pytest.mark.parametrize("samples", [1, 2])

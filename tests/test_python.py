@@ -47,7 +47,7 @@ def test_arrays_are_inputs(tmp_path: Path) -> None:
             "input 'input_ids' of the mapping is list; give a torch tensor or a numpy array",
         ),
         ({0: torch.zeros(1)}, "names of inputs are texts"),
-        ({}, "the mapping is empty"),
+        ({}, "the model needs input 'input_ids'"),
     ],
 )
 def test_other_inputs_are_refused(given: Any, message: str, tmp_path: Path) -> None:
