@@ -18,8 +18,6 @@ from divergence.interrupts import Terminated, terminable
 TRACEBACK = "DIVERGENCE_TRACEBACK"
 """Environment variable: where it is 1, an error comes with its traceback."""
 
-_NOTHING = "nothing was kept"
-
 
 class Group(click.Group):
     """Turns every error into one line on stderr and exit status 2, and a SIGTERM to 143."""
@@ -63,13 +61,7 @@ def _refused(error: BaseException) -> int:
     if os.environ.get(TRACEBACK) == "1":
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     click.echo(f"error: {_in_one_line(error)}", err=True)
-    return 128 + signal.SIGTERM if _was_terminated(error) else 2
-
-
-def _was_terminated(error: BaseException) -> bool:
-    # Ray's own handler, which takes the place of ours, exits with the number of the signal.
-    rays = isinstance(error, SystemExit) and error.code == signal.SIGTERM and "ray" in sys.modules
-    return rays or isinstance(error, Terminated)
+    return 128 + signal.SIGTERM if isinstance(error, Terminated) else 2
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -77,10 +69,9 @@ def _in_one_line(error: BaseException) -> str:
         return error.format_message()
     if isinstance(error, DivergenceError):
         return str(error)
-    if _was_terminated(error):
-        return f"ended by SIGTERM; {error if isinstance(error, Terminated) and error.args else _NOTHING}"
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return f"interrupted; {error if error.args else _NOTHING}"
+        how = "ended by SIGTERM" if isinstance(error, Terminated) else "interrupted"
+        return f"{how}; {error if error.args else 'nothing was kept'}"
     if isinstance(error, OSError):
         return one_line(error)
     if _left_by_click(error):

@@ -44,6 +44,18 @@ def terminable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Restores what handles a SIGTERM, if the program has said what does: libraries that are loaded or begun
+    within put their own handler there."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def remembered() -> Iterator[Callable[[], None]]:
     """Gives a function that raises KeyboardInterrupt if there was one since, for long work to call
     between its steps.

@@ -27,6 +27,7 @@ from typing import Any
 from divergence import __version__
 from divergence.errors import ConfigurationError, one_line
 from divergence.inputs import Given
+from divergence.interrupts import kept
 from divergence.pairs import STAGE, Answer, Work, reason_of
 from divergence.probes import Progress
 from divergence.result import Comparison
@@ -226,7 +227,7 @@ def _cluster(address: str, progress: Progress) -> Iterator[Any]:
     """Ray, connected: what was connected before stays so, and what is started here is ended here."""
     try:
         # What is lost is told in the result; Ray would print it to standard output, among the reports.
-        with _environment(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX=_TOLD):
+        with kept(), _environment(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX=_TOLD):
             import ray
             import ray.exceptions
     except ImportError as error:
@@ -254,7 +255,8 @@ def _cluster(address: str, progress: Progress) -> Iterator[Any]:
             quiet = {"log_to_driver": False, "logging_level": "ERROR", "address": address}
         stack.callback(ray.shutdown)
         try:
-            ray.init(**quiet)
+            with kept():
+                ray.init(**quiet)
         except Exception as error:
             raise ConfigurationError(f"--ray {address}: {one_line(error)}; check the address") from error
         yield ray

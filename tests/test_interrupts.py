@@ -12,7 +12,7 @@ from types import FrameType
 
 import pytest
 
-from divergence.interrupts import Terminated, remembered, terminable
+from divergence.interrupts import Terminated, kept, remembered, terminable
 
 
 def interrupt() -> None:
@@ -66,6 +66,15 @@ def test_a_sigterm_that_the_program_handles_is_left_alone() -> None:
         assert got == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_library_that_handles_a_sigterm_itself_takes_it_from_nobody() -> None:
+    with terminable():
+        with kept():
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_an_interrupt_is_raised_where_it_comes() -> None:

@@ -205,17 +205,21 @@ def test_the_command_starts_a_ray_ends_it_and_is_quiet(here: Path, temporary: Pa
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_leaves_no_ray_behind(here: Path, temporary: Path) -> None:
-    process = command(here, *["--cand", "pytorch:model.py:load"] * 40, "--ray", "local:2", "--out", "stopped")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 2), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_leaves_no_ray_behind(
+    number: signal.Signals, status: int, here: Path, temporary: Path
+) -> None:
+    out = f"stopped-{number}"
+    process = command(here, *["--cand", "pytorch:model.py:load"] * 40, "--ray", "local:2", "--out", out)
     started: set[str] = set()
-    while len(list((here / "stopped").glob("*/report.json"))) < 2:  # so that the first is done with
+    while len(list((here / out).glob("*/report.json"))) < 2:  # so that the first is done with
         assert process.poll() is None, process.communicate()
         started |= sessions(temporary)
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=180)  # beside other tests
-    assert process.returncode == 2, err
-    assert err.splitlines()[-1].endswith(" are in stopped, without an index")
+    assert process.returncode == status, err
+    assert err.splitlines()[-1].endswith(f" are in {out}, without an index")
     assert started and not sessions(temporary) and not running(started)
 
 
