@@ -120,6 +120,7 @@ class Job:
         )
         self.notes += unequal
         self.pairs = {pair.reference: pair for pair in pairs}
+        self._check_limits()
         self.metrics = metrics = compare_pairs(
             pairs, self.reference, self.candidate, memory=self.options.memory, meanwhile=meanwhile
         )
@@ -142,6 +143,16 @@ class Job:
         if result.verdict != "fail" or pytorch is None or not wanted:
             return result
         return self._diagnosed(result, pytorch, precision)
+
+    def _check_limits(self) -> None:
+        """Raises where the policy is absolute and no limit applies to anything that is compared."""
+        tolerance = self.tolerance
+        if tolerance.policy == "absolute" and not any(tolerance.limits(site) for site in self.pairs):
+            patterns = ", ".join(f"'{pattern}'" for pattern in tolerance.sites) or "none"
+            raise ConfigurationError(
+                f"the policy is absolute and no limit applies to any site that is compared (patterns: "
+                f"{patterns}); give --tolerance METRIC=LIMIT for all, or a pattern that matches"
+            )
 
     def tensor(self, site: Site) -> Tensor:
         """The candidate's tensor at `site`, one of `pairs`, in the reference's layout."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import divergence
 from divergence.errors import SourceError
+from tests.exports import exported
 
 WIDTH = 16
 
@@ -286,3 +288,34 @@ def test_nan_in_the_reference_alone_cannot_be_judged(value: float | None) -> Non
     assert result.verdict == "error"
     assert "the reference is NaN at 12 of 60 values" in result.site("output.0").reason
     assert compared(giving(NAN), giving(NAN)).verdict == "pass"
+
+
+class Pair(Model):
+    """Returns two outputs of one shape."""
+
+    def __init__(self, *, exchanged: bool = False) -> None:
+        super().__init__()
+        self.exchanged = exchanged
+
+    def forward(self, x: Tensor) -> Any:
+        first = super().forward(x)
+        return (-first, first) if self.exchanged else (first, -first)
+
+
+def pair(*, exchanged: bool = False) -> Pair:
+    torch.manual_seed(3)
+    return Pair(exchanged=exchanged).eval()
+
+
+def test_outputs_that_an_export_gives_in_another_order_are_remarked_on(tmp_path: Path) -> None:
+    for exchanged in (False, True):
+        path = exported(pair(exchanged=exchanged), given(), tmp_path / f"{exchanged}.onnx")
+        notes = compared(pair(), path).notes  # type: ignore[arg-type]
+        assert any("in another order than the reference's" in note for note in notes) is exchanged
+
+
+def test_an_output_in_another_layout_is_remarked_on() -> None:
+    torch.manual_seed(3)
+    turned = Returning(lambda t: t.transpose(1, 2)).eval()
+    result = compared(giving(None), turned)
+    assert any(note.startswith("output.0: the candidate has it in another layout") for note in result.notes)

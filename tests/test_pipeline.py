@@ -184,6 +184,13 @@ def test_absolute_limits_judge_without_a_floor() -> None:
     assert result.site("layers.3.value").reason == "rel_l2 0.02 is above the limit 0.001"
 
 
+def test_limits_that_apply_to_nothing_are_an_error() -> None:
+    model = llama(LAYERS)
+    mistyped = Tolerance(policy="absolute", sites={"layer.*.value": {"rel_l2": 1e-3}})
+    with pytest.raises(ConfigurationError, match=r"no limit applies to any site .*'layer\.\*\.value'"):
+        judged(model, faulty(model, 3), tolerance=mistyped)
+
+
 def test_a_limit_on_the_introduced_error_is_judged_and_makes_replay_run() -> None:
     """Without it, all sites of the clean model pass cumulatively and replay is left out."""
     model = llama(LAYERS)

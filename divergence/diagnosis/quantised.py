@@ -1,4 +1,5 @@
-"""Keys and values, and operands of products, that went through a number format of few bits."""
+"""Keys and values, and operands of products, that went through a number format of few bits, with steps that
+follow their range."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ Way = tuple[str, Callable[[Tensor], Tensor]]
 _LEAST, _MOST = 3e-4, 0.7
 """Relative errors that rounding to 8 bits can make."""
 
-_OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
+OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
     ("tensor", (0, 1, 2, 3)),
     ("head", (0, 2, 3)),
     ("token of a head", (3,)),
@@ -32,7 +33,6 @@ _OF_A_CACHE: tuple[tuple[str, Axes], ...] = (
 )
 """Axes of `[batch, head, token, channel]` that share a step."""
 
-_GROUPS = (128, 64, 32, 16)
 
 _EVERY_PROJECTION = "every projection"
 
@@ -76,121 +76,9 @@ class Format:
         return "step" if self.largest is None else "scale"
 
 
-def trials(case: Case, format_: Format, *, multiplied: bool = True) -> Iterator[Trial]:
-    """Keys and values in the cache; then, if it is a format that is `multiplied`, weights and inputs of
-    products."""
-    possible = is_possible(case)
-    if possible:
-        yield from cached(case, format_)
-    yield from shown(case, format_)
-    if possible and multiplied:
-        yield from _products(case, format_)
-
-
 def is_possible(case: Case, least: float = _LEAST) -> bool:
     """Whether the error could be rounding to few bits, of a relative size of `least` on."""
     return not case.nonfinite and case.is_noise and least < case.size < _MOST
-
-
-def shown(case: Case, format_: Format) -> Iterator[Trial]:
-    """Keys and values whose values are the format's, whatever range it was given."""
-    names = [n for n in ("key", "value") if n in case.failing and case.clean[n].dim() == 4]
-    if case.tensor not in names or case.nonfinite:
-        return
-    for grain, axes in _OF_A_CACHE:
-        found = {name: format_.grid_of(case.candidate[name], axes) for name in names}
-        grids = {name: grid for name, grid in found.items() if grid is not None}
-        if case.tensor not in grids:
-            continue
-        first = grids[case.tensor]
-        beyond = first.beyond(case.clean[case.tensor])
-        steps, words = first.step.flatten(), " and ".join(f"{name}s" for name in grids)
-        step = float(steps.median())
-        if beyond and format_.largest is not None:
-            step = max(float(first.high.max()), -float(first.low.min())) / format_.largest
-        size = f"of {step:.4g}" if len(steps) == 1 else f"for every {grain}, {step:.4g} in the middle,"
-        size = f"{format_.unit} {size}"
-        range_ = f"{float(first.low.min()):.4g} to {float(first.high.max()):.4g}"
-        cut = f" and cut off {100 * beyond:.2g} % of the {case.tensor}s, those outside of {range_}"
-        yield Trial(
-            key=f"shown {format_.words} {grain}",
-            title=f"{words} went through {format_.words} with a {size} that does not follow their range"
-            f"{cut if beyond else ''}",
-            fault=cache.changed(
-                case,
-                {name: grid.of for name, grid in grids.items()},
-                read="hidden" in case.failing or "hidden" not in case.error,
-            ),
-            parameters={
-                "format": format_.words,
-                "tensors": list(grids),
-                "per": grain,
-                "per_tensor": grain == "tensor",
-                "step": step,
-                "beyond": beyond,
-            },
-            fix="calibrate on inputs like these, or take the range from the keys and values themselves, with "
-            "one step for every token or head",
-        )
-
-
-def kept(case: Case, format_: Format) -> Iterator[Trial]:
-    """Weights that the candidate itself keeps in the format, whatever step or range it was given."""
-    named = weights.parameters(case)
-    found: dict[str, _Kept] = {}
-    for name in weights.touched(case):
-        own = weights.held(case, [name])[name]
-        read = _read_from(format_, named[name].detach(), own, weights.output_axis(case, name))
-        if read is not None:
-            found[name] = read
-    for names in weights.each_and_all(list(found)):
-        first = found[names[0]]
-        beyond = max(found[name].beyond for name in names)
-        words = f"'{names[0]}'" if len(names) == 1 else f"{len(names)} weights ({', '.join(names)})"
-        yield Trial(
-            key=f"own {format_.words} {' '.join(names)}",
-            title=f"{words} went through {format_.words} with a fixed {format_.unit} for every "
-            f"{first.grain}, {first.step:.4g}"
-            + (f", which cuts off {100 * beyond:.2g} % of the values" if beyond else ""),
-            fault=weights.in_place(weights.held(case, names)),
-            parameters={
-                "format": format_.words,
-                "parameters": names,
-                "per": first.grain,
-                "per_tensor": first.grain == "tensor",
-                "step": first.step,
-                "beyond": beyond,
-            },
-            fix=f"take the {format_.unit} from the largest value of every output channel, or leave the "
-            "layer in fp16",
-        )
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """How a weight was found in a format: what shares a step, the step in the middle, and the share of the
-    reference's values that lie beyond its range."""
-
-    grain: str
-    step: float
-    beyond: float
-
-
-def _read_from(format_: Format, reference: Tensor, own: Tensor, outputs: int) -> _Kept | None:
-    if own.dim() != 2:
-        return None
-    if outputs:
-        reference, own = reference.T, own.T
-    grains: list[tuple[str, Axes, int]] = [("tensor", (0, 1, 2), 0), ("output channel", (1, 2), 0)]
-    grains += [(f"{n} inputs of an output channel", (2,), n) for n in _GROUPS if own.shape[1] % n == 0]
-    grains.append(("input channel", (0,), 0))
-    for grain, axes, size in grains:
-        grouped = own.unflatten(1, (-1, size or own.shape[1]))
-        grid = format_.grid_of(grouped, axes)
-        if grid is not None:
-            beyond = grid.beyond(reference.unflatten(1, (-1, size or own.shape[1])))
-            return _Kept(grain, float(grid.step.median()), beyond)
-    return None
 
 
 def cached(case: Case, format_: Format) -> Iterator[Trial]:
@@ -205,7 +93,7 @@ def cached(case: Case, format_: Format) -> Iterator[Trial]:
     else:
         return
     words = "keys and values" if len(names) == 2 else f"{names[0]}s"
-    ways: list[Way] = [(f"with one step for every {g}", partial(_along, format_, a)) for g, a in _OF_A_CACHE]
+    ways: list[Way] = [(f"with one step for every {g}", partial(_along, format_, a)) for g, a in OF_A_CACHE]
     if format_.unscaled is not None:
         ways.insert(0, ("without a scale", format_.unscaled))
     handed_out = case.tensor != "hidden"
@@ -230,7 +118,7 @@ def _along(format_: Format, axes: Axes, tensor: Tensor) -> Tensor:
     return format_.rounded(tensor, axes, None)
 
 
-def _products(case: Case, format_: Format) -> Iterator[Trial]:
+def products_in(case: Case, format_: Format) -> Iterator[Trial]:
     """Weights and inputs of products; in the first layer with the embedding too."""
     before = list(_embedded(case, format_))
     yield from before

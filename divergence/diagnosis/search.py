@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from divergence.diagnosis import narrow, nonfinite, repro
+from divergence.diagnosis import nonfinite, repro
 from divergence.diagnosis.case import Case, Given
-from divergence.diagnosis.causes import CAUSES, FROM_FACTS, NONFINITE, TOLD
+from divergence.diagnosis.causes import CAUSES, FROM_FACTS, TOLD
 from divergence.diagnosis.emulate import LayerUnit, OutsideUnit
-from divergence.diagnosis.hypotheses import CauseModule, Tried, attempt
+from divergence.diagnosis.hypotheses import Tried, attempt
 from divergence.diagnosis.reasons import cause_of, hypothesis_of, unknown
-from divergence.errors import counted, one_line
+from divergence.diagnosis.trying import CONVINCING, convinces, investigate, noting
+from divergence.errors import counted
 from divergence.probes import Progress, silent
 from divergence.probes.pytorch.placement import brought_in
 from divergence.result import Cause, Hypothesis, SiteResult
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from divergence.probes.pytorch import PyTorchProbe
     from divergence.replay import Replayer
 
-_CONVINCING = 0.9
 _LAYERS = 4  # layers that are searched in full; a fault that is everywhere is recognised without
 _RUNS = 250  # emulations of whole layers after which no further layer is searched in full,
 _SECONDS = 2.0  # unless they took less than this: small models are searched to the end
@@ -289,7 +289,7 @@ class Search:
         """Where the candidate shows no hidden states and nothing was found in the layer itself: the layer
         before, whose output only the keys and values of this one show."""
         unit = case.unit
-        if _convinces(tried) or not isinstance(unit, LayerUnit) or not case.at.layer or case.applied:
+        if convinces(tried) or not isinstance(unit, LayerUnit) or not case.at.layer or case.applied:
             return case, tried
         before = Site(case.at.layer - 1, "hidden", case.at.stack, case.at.call)
         if self._given.candidate(before) is not None:
@@ -300,69 +300,7 @@ class Search:
         spanning = LayerUnit(self._replayer, earlier.call, earlier.hidden, earlier.stack, after=unit.call)
         other = replace(case, unit=spanning, notes=[], memory={})
         again = investigate(other)
-        return (other, again) if _convinces(again) else (case, tried)
-
-
-def investigate(case: Case) -> list[Tried]:
-    """The best trial of every cause, best first. Ends early when one leaves nothing but noise."""
-    best: list[Tried] = []
-    for module in NONFINITE if case.nonfinite else CAUSES:
-        tried = _best(case, module)
-        if tried is not None:
-            best.append(tried)
-            if _settled(case, tried):
-                break
-    if best and not case.nonfinite and _is_of_weights(case, best):
-        best = [replace(t, fit=t.fit and replace(t.fit, convincing=False)) for t in best]
-    return sorted(best, key=lambda t: (t.fit is None or not t.fit.convincing, round(-t.rank, 1)))
-
-
-def _is_of_weights(case: Case, best: Sequence[Tried]) -> bool:
-    """Whether the candidate's own weights, in no way that is known, explain what none of the others does."""
-    explained = max((t.fit.explained for t in best if t.fit and t.fit.convincing), default=1.0)
-    if explained > _CONVINCING:
-        return False
-    others = narrow.other_weights(case)
-    return others is not None and others.explained > _CONVINCING
-
-
-def _best(case: Case, module: CauseModule) -> Tried | None:
-    """The best trial of a cause, or the first that leaves nothing but noise."""
-    best: Tried | None = None
-    with _noting(case, module):
-        for trial in module.trials(case):
-            made: Tried | None = None
-            with _noting(case, module):
-                made = attempt(case, module.ID, trial)
-            if made is not None and (best is None or made.rank > best.rank + 0.05):
-                best = made
-            if made is not None and _settled(case, made):
-                break
-    return best
-
-
-@contextlib.contextmanager
-def _noting(case: Case, module: CauseModule) -> Iterator[None]:
-    """Makes a note, one for each cause, of what goes wrong: what a model's code cannot bear says nothing of
-    the cause, and must not cost the others their turn."""
-    try:
-        yield
-    except Exception as error:
-        words = f"{module.ID} could not be emulated in {case.at} ("
-        if not any(note.startswith(words) for note in case.notes):
-            case.notes.append(f"{words}{one_line(error)})")
-
-
-def _convinces(tried: Sequence[Tried]) -> bool:
-    return bool(tried) and tried[0].fit is not None and tried[0].fit.convincing
-
-
-def _settled(case: Case, tried: Tried) -> bool:
-    """Whether what a fault leaves unexplained is noise, at every tensor of the unit."""
-    fit = tried.fit
-    if fit is None or fit.shown or not fit.convincing:
-        return False
-    return fit.explained >= 1 - 4 * case.noise and fit.overall > 0.97 and fit.explained > 0.97
+        return (other, again) if convinces(again) else (case, tried)
 
 
 def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
@@ -372,7 +310,7 @@ def _recognised(case: Case, known: Sequence[Tried]) -> Tried | None:
         if tried.id not in modules:
             continue
         module = modules[tried.id]
-        with _noting(case, module):
+        with noting(case, module):
             for trial in module.trials(case):
                 if trial.key == tried.trial.key:
                     again = attempt(case, module.ID, trial)
@@ -390,7 +328,7 @@ def _remaining(case: Case, tried: Tried) -> Case | None:
     failing = [
         name
         for name in case.failing
-        if fit.left.get(name, 0.0) > case.given.limit and fit.each.get(name, 0.0) < _CONVINCING
+        if fit.left.get(name, 0.0) > case.given.limit and fit.each.get(name, 0.0) < CONVINCING
     ]
     if not failing or failing[0] == case.tensor:
         return None

@@ -445,14 +445,14 @@ def test_outputs_that_only_hold_the_layers_keys_get_no_cause_of_their_own() -> N
 
 
 def test_an_emulation_that_breaks_does_not_cost_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
-    from divergence.diagnosis import search
+    from divergence.diagnosis import search, trying
 
     def broken(*_: Any) -> None:
         raise RuntimeError("no such operator")
 
     reference = MODELS["llama"]()
     candidate = planted(reference, KNOWN["value gain"].fault)
-    monkeypatch.setattr(search, "attempt", broken)
+    monkeypatch.setattr(trying, "attempt", broken)
     result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == ["unknown"]
     assert any("weight_scale could not be emulated" in note for note in result.notes)

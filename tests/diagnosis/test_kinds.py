@@ -72,7 +72,7 @@ def test_a_cause_whose_trials_cannot_be_made_is_a_note_and_the_others_are_tried(
     result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == ["weight_scale"]
     candidate = planted(reference, lambda model: setattr(layer(model, 1).mlp, "act_fn", nn.ReLU()))
-    monkeypatch.setattr("divergence.diagnosis.search.CAUSES", (rope_position, *CAUSES))
+    monkeypatch.setattr("divergence.diagnosis.trying.CAUSES", (rope_position, *CAUSES))
     result = diagnosed(reference, candidate, inputs_for("llama"))
     assert [c.id for c in result.causes] == ["activation"]
     assert any("rope_position could not be emulated" in note for note in result.notes)

@@ -316,7 +316,7 @@ def test_emulations_change_nothing_where_the_fault_is_there_already() -> None:
     tensor = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(0))
     formats = (quantised.integers(8), quantised.integers(4), quantised.shifted(8), quantised.shifted(4))
     for rounded in formats:
-        for _, axes in quantised._OF_A_CACHE:
+        for _, axes in quantised.OF_A_CACHE:
             once = rounded(tensor, axes, None)
             torch.testing.assert_close(rounded(once, axes, None), once)
 

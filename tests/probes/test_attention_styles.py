@@ -29,23 +29,27 @@ def repeated(key: Tensor) -> Tensor:
 
 def plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     scores = query @ repeated(key).transpose(-1, -2) * SCALE + mask
-    return scores.softmax(-1) @ repeated(value)
+    made: Tensor = scores.softmax(-1) @ repeated(value)
+    return made
 
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     scores = query.unflatten(1, (GROUPS, EACH)) @ key[:, :, None].transpose(-1, -2) * SCALE + mask
-    return (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)
+    made: Tensor = (scores.softmax(-1) @ value[:, :, None]).flatten(1, 2)
+    return made
 
 
 def expanded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     key, value = (t[:, :, None].expand(-1, -1, EACH, -1, -1) for t in (key, value))
     scores = query.unflatten(1, (GROUPS, EACH)) @ key.transpose(-1, -2) * SCALE + mask
-    return (scores.softmax(-1) @ value).flatten(1, 2)
+    made: Tensor = (scores.softmax(-1) @ value).flatten(1, 2)
+    return made
 
 
 def einsum(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     scores = torch.einsum("bgrtd,bgsd->bgrts", query.unflatten(1, (GROUPS, EACH)), key) * SCALE + mask
-    return torch.einsum("bgrts,bgsd->bgrtd", scores.softmax(-1), value).flatten(1, 2)
+    made: Tensor = torch.einsum("bgrts,bgsd->bgrtd", scores.softmax(-1), value).flatten(1, 2)
+    return made
 
 
 def einsum_by_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -59,7 +63,9 @@ def queries_folded(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> T
     """The queries of a group lie one after another in one axis."""
     rows = query.unflatten(1, (GROUPS, EACH)).flatten(2, 3)
     scores = (rows @ key.transpose(-1, -2)).unflatten(2, (EACH, TOKENS)) * SCALE + mask
-    return (scores.softmax(-1).flatten(2, 3) @ value).unflatten(2, (EACH, TOKENS)).flatten(1, 2)
+    made = scores.softmax(-1).flatten(2, 3) @ value
+    heads: Tensor = made.unflatten(2, (EACH, TOKENS)).flatten(1, 2)
+    return heads
 
 
 def by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

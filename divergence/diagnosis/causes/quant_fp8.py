@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import grids, quantised, weights
+from divergence.diagnosis import fixed, grids, quantised, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.hypotheses import Trial
 
@@ -65,9 +65,8 @@ def trials(case: Case) -> Iterator[Trial]:
                     "calibration and the layers excluded from fp8",
                 )
     for name, format_ in _FORMATS.items():
-        yield from quantised.kept(case, format_)
         # e5m2 is for gradients
-        yield from quantised.trials(case, format_, multiplied=name == "e4m3")
+        yield from fixed.trials(case, format_, multiplied=name == "e4m3")
 
 
 def _ways(

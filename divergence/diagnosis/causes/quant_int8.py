@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from divergence.diagnosis import grids, quantised, weights
+from divergence.diagnosis import fixed, grids, quantised, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.hypotheses import Trial
 
@@ -40,8 +40,7 @@ def trials(case: Case) -> Iterator[Trial]:
                 fix=f"quantise {words} with one scale for every output channel, or leave it in fp16: "
                 "calibrate on real inputs, and exclude the layer from quantisation",
             )
-    yield from quantised.kept(case, _INT8)
-    yield from quantised.trials(case, _INT8)
+    yield from fixed.trials(case, _INT8)
     yield from _four_bits(case)
 
 
@@ -63,11 +62,11 @@ def _ways(
 
 def _four_bits(case: Case) -> Iterator[Trial]:
     """Weights in groups of inputs, and the cache, in int4."""
-    yield from quantised.kept(case, _INT4)
+    yield from fixed.kept(case, _INT4)
     if not quantised.is_possible(case, _LEAST_OF_FOUR_BITS):
         return
     yield from quantised.cached(case, _INT4)
-    yield from quantised.shown(case, _INT4)
+    yield from fixed.shown(case, _INT4)
     for words, parts in weights.scopes(case):
         outputs = weights.output_axis(case, parts[0].name)
         whole = weights.fault(parts, partial(quantised.in_groups, _GROUPED[""], None, outputs))
