@@ -2,8 +2,9 @@
 
 Sites pair by their address. Where the candidate lacks a site of a layer, it may have the tensors of
 all layers in one output (`output.keys` `[layer, batch, head, token, channel]`), which is taken
-apart. Nothing is paired by position, by similar names or by values: those are suggestions only, and
-a site without a partner is reported.
+apart. Outputs that are called differently pair where each is the only one of its shape. Nothing is paired
+by position, by similar names or by values: those are suggestions only, and a site without a partner is
+reported.
 """
 
 from __future__ import annotations
@@ -218,13 +219,23 @@ class _Aligner:
             note = f"{self._only}: {_stack(theirs)} is the reference's {_stack(site.stack)}"
         if own in self.candidate:
             return [_Offer(own, {}, note)]
-        return self._stacks_of(site)
+        return self._output_like(site) if site.layer is None else self._stacks_of(site)
+
+    def _output_like(self, site: Site) -> list[_Offer]:
+        """The candidate's output of the shape of `site`, an output, if there is one on each side that has no
+        other partner: a tuple numbers what a dict and a graph name."""
+        shape = self.reference[site].shape
+        ours, theirs = (
+            [s for s in mine if s.layer is None and s not in others and mine[s].shape == shape]
+            for mine, others in ((self.reference, self.candidate), (self.candidate, self.reference))
+        )
+        if len(ours) != 1 or len(theirs) != 1:
+            return []
+        return [_Offer(theirs[0], {}, f"{theirs[0]}, the only output of its shape on each side")]
 
     def _stacks_of(self, site: Site) -> list[_Offer]:
         """The candidate's outputs that may hold the tensors of all layers at `site`: those named after
         its stack, or after none; of these, the layer count and sizes must tell the stack."""
-        if site.layer is None:
-            return []
         offers = []
         for output in self.candidate:
             offer = self._stack_offer(site, output)

@@ -554,3 +554,26 @@ def test_crossed_keys_belong_to_the_only_stack_that_has_some() -> None:
     alignment = align(reference | crossed, reference | output("cross_keys", (L, B, N, T, D)))
     assert alignment.unmatched == ()
     assert "output.cross_keys" in pairs(alignment)["decoder.layers.2.cross_key"][0]
+
+
+def test_outputs_of_other_names_pair_where_each_is_the_only_one_of_its_shape() -> None:
+    reference = model() | output("0", (1, 7, 50)) | output("1", (1, 7, 3))
+    candidate = model() | output("logits", (1, 7, 50)) | output("scores", (1, 7, 3))
+    found = pairs(align(reference, candidate))
+    said = "the only output of its shape on each side"
+    assert found["output.0"] == ("output.logits", f"output.logits, {said}")
+    assert found["output.1"] == ("output.scores", f"output.scores, {said}")
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [
+        output("a", (1, 7, 50)) | output("b", (1, 7, 50)),  # which one?
+        output("a", (1, 50, 7)),  # another layout
+        output("1", (1, 7, 50)),  # the reference has that name
+    ],
+)
+def test_outputs_that_could_be_others_do_not_pair(candidate: Run) -> None:
+    reference = model() | output("0", (1, 7, 50)) | output("1", (1, 7, 50, 1))
+    alignment = align(reference, model() | candidate)
+    assert states(alignment)["output.0"] == "missing in candidate"
