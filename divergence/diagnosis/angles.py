@@ -7,7 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+_TELLING = 3  # fewer frequencies of one token fit some position by chance
 _FARTHEST = 1 << 14  # largest first position that is looked for
+
+BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0)
+"""Usual bases of rotary embeddings."""
 
 
 SPREADS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -53,8 +57,16 @@ def _refined(unit: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def read_one(unit: Tensor, buffers: Iterable[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """`read_back` of one token, which shows no frequencies: by those that the model holds."""
-    for buffer in buffers:
+    """`read_back` of one token, which shows no frequencies: by those that the model holds, else by usual
+    ones."""
+    count = unit.shape[-1]
+    usual = (
+        base ** -(torch.arange(size, dtype=torch.float64) / size)
+        for size in (count, count // 2)
+        for base in BASES
+        if size >= _TELLING
+    )
+    for buffer in (*buffers, *usual):
         for frequencies in _spread(buffer, unit.shape[-1], unit.device):
             first = _first_positions(unit[:, 0], frequencies, _FARTHEST)
             left = (unit[:, 0] * torch.exp(-1j * first[:, None] * frequencies)).angle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,5 +94,40 @@ def test_angles_are_read_back_at_far_positions(start: int, tokens: int) -> None:
     inputs = {"input_ids": inputs_for("llama", tokens=tokens)["input_ids"]}
     found = diagnosed(From(model, start), From(rounded, start), inputs).causes[0]
     assert (found.id, found.site) == ("rope_precision", "layers.0.key")
+    assert found.explained is not None
+    assert found.explained > 0.99
+
+
+def bufferless(change: Callable[[Tensor, Tensor], Tensor] = lambda p, f: p * f) -> Any:
+    """A model that keeps no frequencies: whoever asks for them has the angles alone."""
+    model = llama(3, **SIZES)
+    module = model.model.rotary_emb
+    frequencies = module.inv_freq.clone()
+    module._buffers.clear()
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angle = change(position_ids[:, :, None].float(), frequencies).float()
+        both = torch.cat((angle, angle), -1)
+        return both.cos().to(x.dtype), both.sin().to(x.dtype)
+
+    module.forward = forward
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (lambda p, f: (p + 1) * f, "rope_position"),
+        (lambda p, f: p * f**1.1, "rope_position"),
+        (lambda p, f: (p * f).bfloat16(), "rope_precision"),
+    ],
+)
+@pytest.mark.parametrize("start", [12, 777])
+def test_one_token_tells_enough_of_usual_frequencies(
+    change: Callable[[Tensor, Tensor], Tensor], cause: str, start: int
+) -> None:
+    inputs = {"input_ids": inputs_for("llama", tokens=1)["input_ids"]}
+    found = diagnosed(From(bufferless(), start), From(bufferless(change), start), inputs).causes[0]
+    assert (found.id, found.site) == (cause, "layers.0.key")
     assert found.explained is not None
     assert found.explained > 0.99

@@ -77,8 +77,7 @@ def _ways(
     rounded, unscaled = format_.rounded, format_.unscaled
     assert unscaled is not None
     yield "tensor", lambda w: rounded(w, quantised.every_axis(w), None)
-    if name == "e4m3":
-        yield "output channel", _by_channel(format_, outputs)
+    yield "output channel", _by_channel(format_, outputs)
     yield "nothing", unscaled
     if name == "e4m3":
         for size in quantised.group_sizes(case, parts, _GROUPS, outputs):

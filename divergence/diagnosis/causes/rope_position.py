@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from divergence.diagnosis import rotary
-from divergence.diagnosis.angles import SPREADS
+from divergence.diagnosis.angles import BASES, SPREADS
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.hypotheses import Trial
 
 ID = "rope_position"
 
-_BASES = (10_000.0, 500_000.0, 1_000_000.0, 100_000.0, 1000.0)
 _POWERS = (0.3, 2.5, 550)  # of the frequencies: a base of 10 000 becomes one of 16 to 10^10
 _TOKENS = 128  # what is looked at to find them: steps of the powers turn the last by less than a quarter
 _SAME = 1e-3  # relative; of a frequency or an amplitude that is taken to be the reference's
@@ -147,7 +146,7 @@ def _bases(case: Case, found: rotary.Rotary) -> Iterator[Trial]:
         key="base",
         title=f"the rotary embedding's base is {{value:.4g}}, and the reference's {own:.4g}",
         fault=fault,
-        starts=(*(own**power for power in estimated_powers(case, found)), *_BASES),
+        starts=(*(own**power for power in estimated_powers(case, found)), *BASES),
         accept=lambda base: base > 1 and abs(base / own - 1) > 0.01,
         parameters=lambda base: {"base": base},
         fix="set the rotary embedding's base (rope_theta) to the reference's",
