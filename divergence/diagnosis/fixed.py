@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from divergence.diagnosis.case import Case
 
 _GROUPS = (128, 64, 32, 16)
+_SAMPLED = 64  # rows or columns of a weight that are looked at
+_ALL = slice(None)
 
 
 def trials(case: Case, format_: Format, *, multiplied: bool = True) -> Iterator[Trial]:
@@ -120,13 +122,17 @@ def _read_from(format_: Format, reference: Tensor, own: Tensor, outputs: int) ->
         return None
     if outputs:
         reference, own = reference.T, own.T
-    grains: list[tuple[str, Axes, int]] = [("tensor", (0, 1, 2), 0), ("output channel", (1, 2), 0)]
-    grains += [(f"{n} inputs of an output channel", (2,), n) for n in _GROUPS if own.shape[1] % n == 0]
-    grains.append(("input channel", (0,), 0))
-    for grain, axes, size in grains:
-        grouped = own.unflatten(1, (-1, size or own.shape[1]))
-        grid = format_.grid_of(grouped, axes)
+    rows, columns = (slice(None, None, -(-n // _SAMPLED)) for n in own.shape)
+    length = own.shape[1]
+    grains: list[tuple[str, Axes, int, tuple[slice, slice]]] = [
+        ("tensor", (0, 1, 2), length, (rows, _ALL)),
+        ("output channel", (1, 2), length, (rows, _ALL)),
+        *((f"{n} inputs of an output channel", (2,), n, (rows, _ALL)) for n in _GROUPS if length % n == 0),
+        ("input channel", (0,), 1, (_ALL, columns)),
+    ]
+    for grain, axes, size, part in grains:
+        ours, theirs = (t[part].unflatten(1, (-1, size)) for t in (reference, own))
+        grid = format_.grid_of(theirs, axes)
         if grid is not None:
-            beyond = grid.beyond(reference.unflatten(1, (-1, size or own.shape[1])))
-            return _Kept(grain, float(grid.step.median()), beyond)
+            return _Kept(grain, float(grid.step.median()), grid.beyond(ours))
     return None

@@ -19,7 +19,7 @@ _CHANCE = 1e-5  # that values which are on no grid look like one
 _NEAR = 1e-3  # of a step
 _TELLING = 0.25  # of a step: where rounding to the tensor's type may be more, a value tells nothing
 _ROUNDED = 0.75  # of the type's eps, which is twice what rounding to nearest does
-_DIVISORS = range(1, 9)
+_DIVISORS = range(1, 33)
 _BINADES = 16
 
 
@@ -121,7 +121,7 @@ def _step(row: Tensor, rounding: float) -> float | None:
     for divisor in _DIVISORS:  # the smallest value is one step, or a few
         step = float(sizes[0]) / divisor
         for limit in (8, 32, 128, _MOST_STEPS):  # what more and larger values tell better
-            part = sizes[sizes <= (limit + 0.5) * step]
+            part = sizes[sizes <= max((limit + 0.5) * step, float(sizes[0]))]
             counts = (part / step).round()
             step = float((part * counts).sum() / counts.square().sum())
         counts = (sizes / step).round()

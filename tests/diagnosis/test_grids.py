@@ -93,6 +93,14 @@ def test_zeros_are_on_no_grid_and_in_any_group() -> None:
     assert float(grid.step[0, 1]) == pytest.approx(0.02, rel=1e-4)
 
 
+@pytest.mark.parametrize("least", [1, 3, 10, 25])
+def test_a_few_values_far_from_zero_tell_their_step(least: int) -> None:
+    counts = torch.tensor([least, *range(least + 3, 120, 7)], dtype=torch.float32)
+    grid = grids.integers((counts * 0.013)[None, None, None], EVERY)
+    assert grid is not None
+    assert float(grid.step) == pytest.approx(0.013, rel=1e-5)
+
+
 def test_more_steps_than_eight_bits_have_are_no_grid() -> None:
     made = torch.fake_quantize_per_tensor_affine(drawn(0, 4, 4, 64, 16), 0.005, 0, -1000, 1000)
     assert grids.integers(made, EVERY) is None

@@ -106,7 +106,36 @@ def _beside_halves(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]
     return (Planted(f"layers.{layer}.value", "weight_scale", {"layer": layer, "gain": 1.005}),)
 
 
+def _percentile(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    """A weight in int8 with a step for every output channel that leaves a hundredth of the values out."""
+    layer = drawn(model, draw)
+    weight = layers_of(model)[layer].self_attn.v_proj.weight
+    step = weight.abs().quantile(0.99, 1, keepdim=True) / 127
+    weight.copy_((weight / step).round().clamp(-127, 127) * step)
+    return (Planted(f"layers.{layer}.value", "quant_int8", {"layer": layer}),)
+
+
+def _mixed_inputs(model: Any, draw: np.random.Generator) -> tuple[Planted, ...]:
+    """The inputs of a projection of the MLP in an order of no kind."""
+    layer = drawn(model, draw)
+    weight = layers_of(model)[layer].mlp.down_proj.weight
+    weight.copy_(weight[:, torch.from_numpy(draw.permutation(weight.shape[1]))])
+    return (Planted(f"layers.{layer}.hidden", "weight_permuted", {"layer": layer}),)
+
+
+def _whole_tensors(query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> tuple[Tensor, ...]:
+    rounded = integers((0, 1, 2, 3))
+    return query, rounded(key), rounded(value), seen
+
+
 PAIRS: tuple[Pair, ...] = (
+    ready("llama-int8-percentile", "llama", _percentile),
+    ready("qwen3-inputs-mixed", "qwen3", _mixed_inputs),
+    ready(
+        "llama-kernel-int8",
+        "llama",
+        _attention("int8-kernel", "quant_int8", "layers.0.hidden", _whole_tensors),
+    ),
     ready("llama-w8a8", "llama", _products("quant_int8", integers((0, 1, 2)), integers((1,)))),
     ready(
         "llama-w8a8-token", "llama", _products("quant_int8", integers((2,)), integers((1,))), precision="fp16"
