@@ -140,6 +140,7 @@ def written_out(
     call: Call,
     *,
     softmax: Callable[[Tensor], Tensor] = lambda scores: scores.softmax(-1),
+    product: Callable[[Tensor], Tensor] = lambda scores: scores,
     mask: Tensor | None = None,
 ) -> Tensor:
     """`scaled_dot_product_attention` step by step, in fp32 where its operands are narrower.
@@ -147,6 +148,7 @@ def written_out(
     Args:
         call: of the operator.
         softmax: over the last axis.
+        product: a change of the scores before they are scaled.
         mask: to add instead of the call's own.
     """
     query, key, value = (call.argument(i, n) for i, n in enumerate(("query", "key", "value")))
@@ -154,7 +156,7 @@ def written_out(
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     groups = query.shape[-3] // key.shape[-3]
     key, value = (t.repeat_interleave(groups, -3) if groups > 1 else t for t in (key, value))
-    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    scores = product(query.float() @ key.float().transpose(-1, -2)) * scale
     added = additive(call, scores) if mask is None else mask
     scores = scores if added is None else scores + added.to(scores.dtype)
     made: Tensor = (softmax(scores).float() @ value.float()).to(query.dtype)

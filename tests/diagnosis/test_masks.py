@@ -240,3 +240,21 @@ def test_a_mask_that_leaves_the_first_token_nothing_to_see_makes_nan(kind: str) 
     assert (found.id, found.site) == ("mask_nan", "layers.0.hidden")
     assert found.parameters["mask"] == "strict"
     assert found.explained == 1.0
+
+
+@pytest.mark.parametrize("token", [1, 5, 14])
+@pytest.mark.parametrize("itself", [False, True])
+def test_one_token_that_others_do_not_see_is_named(token: int, itself: bool) -> None:
+    def hidden(seen: Tensor) -> Tensor:
+        queries, keys = (torch.arange(n) for n in seen.shape[-2:])
+        later = queries[:, None] >= token + (not itself)
+        return seen & ~(later & (keys == token))
+
+    model = MODELS["llama-eager"]()
+    inputs = {"input_ids": inputs_for("llama", tokens=TOKENS)["input_ids"]}
+    (found,) = diagnosed(model, planted(model, seeing(hidden)), inputs).causes
+    assert (found.id, found.site) == ("mask_leak", "layers.0.hidden")
+    assert (found.parameters["hides"], found.parameters["token"]) == ("one", token)
+    assert ("which no token sees" in found.title) is itself
+    assert found.explained is not None
+    assert found.explained > 0.999

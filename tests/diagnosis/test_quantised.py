@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import divergence
 from divergence.diagnosis import quantised
 from tests.diagnosis.faults import case_of, diagnosed, planted
 from tests.fewer_bits import Change, floats, integers, round_products
@@ -339,3 +340,50 @@ def test_an_error_that_follows_the_tensor_is_no_rounding() -> None:
 
     case = case_of(model, planted(model, gain), inputs_for("llama", tokens=24))
     assert not quantised.is_possible(case)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+@pytest.mark.parametrize("shown", [False, True])
+def test_attention_that_runs_in_half_precision_as_a_whole_is_named(
+    implementation: str, dtype: torch.dtype, name: str, shown: bool
+) -> None:
+    """At its keys, where no cache shows them as they were before."""
+
+    def halved(model: Any) -> None:
+        from transformers import AttentionInterface
+
+        def attend(
+            module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any
+        ) -> Any:
+            query, key, value = (t.to(dtype) for t in (query, key, value))
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+            seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+            scores = (query @ key.transpose(-1, -2) * kwargs["scaling"]).masked_fill(~seen, -torch.inf)
+            return (scores.softmax(-1) @ value).transpose(1, 2).float(), None
+
+        AttentionInterface.register("halved", attend)
+        model.config._attn_implementation = "halved"
+
+    model = llama(3, **SIZES, attn_implementation=implementation, use_cache=not shown)
+    inputs = {"input_ids": inputs_for("llama", tokens=24)["input_ids"]}
+    found = diagnosed(model, planted(model, halved), inputs, precision="fp32").causes[0]
+    assert (found.id, found.site) == ("softmax_precision", f"layers.0.{'key' if shown else 'hidden'}")
+    assert found.title.startswith(f"all of the attention runs in {name}: queries, keys, values, scores")
+    assert found.explained is not None
+    assert found.explained > 0.99
+
+
+def test_four_bits_for_a_whole_tensor_are_named_from_a_capture(tmp_path: Path) -> None:
+    """Which shows no weights."""
+    model = llama(3, **SIZES)
+    inputs = inputs_for("llama", tokens=24)
+
+    def plant(model: Any) -> None:
+        weight = model.model.layers[1].self_attn.v_proj.weight
+        weight.copy_(integers((0, 1), 7)(weight))
+
+    divergence.capture(planted(model, plant), inputs, tmp_path / "c")
+    (found,) = diagnosed(model, tmp_path / "c", inputs).causes
+    assert (found.id, found.site) == ("quant_int8", "layers.1.value")
+    assert found.title == "'self_attn.v_proj.weight' went through int4 with one step for every tensor"

@@ -185,6 +185,7 @@ def _tighter(
         return
     if reference.causal:
         yield from _strict(number, attention, reference, wrong)
+        yield from _one(number, attention, reference, wrong)
     # The last token sees all others either way. What attends to another sequence has no later tokens.
     elif reference.back.shape[0] == reference.back.shape[1] and not bool(wrong[:, -1].any()):
         yield Trial(
@@ -224,6 +225,33 @@ def _strict(
             ),
             parameters={"ahead": -1, "first": first},
             fix=_FIX.format(what="the diagonal is seen: that of triu is 1, that of tril 0"),
+        )
+
+
+def _one(
+    number: int, attention: parts.Attention, reference: masks.Reference, wrong: Tensor
+) -> Iterator[Trial]:
+    """One token that those after it do not see, nor perhaps it itself: the first that is wrong tells."""
+    queries, keys = reference.hidden.shape[-2:]
+    ever = wrong.any(0)
+    first = int(ever.int().argmax())
+    if not bool(ever.any()) or 2 * int(ever[first:].sum()) <= queries - first:
+        return
+    for token, itself in ((first - 1, False), (first, True)):
+        column = token + keys - queries
+        if column < 0:
+            continue
+        there = torch.arange(keys, device=reference.back.device) == column
+        later = reference.back >= 0 if itself else reference.back > 0
+        yield Trial(
+            key=f"attention {number} one {'itself' if itself else 'later'}",
+            title=f"{_MORE}token {column}, which "
+            + ("no token sees" if itself else "those after it do not see"),
+            fault=masks.with_mask(attention, masks.hiding(reference, there & later)),
+            parameters={"hides": "one", "token": column},
+            fix=_FIX.format(
+                what=f"token {column} is valid (attention_mask, padding), and seen by those after it"
+            ),
         )
 
 

@@ -72,6 +72,13 @@ def _four_bits(case: Case) -> Iterator[Trial]:
         whole = weights.fault(parts, partial(quantised.in_groups, _GROUPED[""], None, outputs))
         if not quantised.comparable(case, whole):
             continue
+        yield Trial(
+            key=f"{words} int4 tensor",
+            title=f"{words} went through int4 with one step for every tensor",
+            fault=weights.fault(parts, lambda w: _INT4.rounded(w, quantised.every_axis(w), None)),
+            parameters={"bits": 4, "per": "tensor", "parameters": [str(part) for part in parts]},
+            fix=f"quantise {words} in groups of inputs, or to 8 bits",
+        )
         for size in (*quantised.group_sizes(case, parts, _GROUPS, outputs), None):
             for how, function in _GROUPED.items():
                 grain = "output channel" if size is None else f"{size} inputs of an output channel"
@@ -90,7 +97,7 @@ def _four_bits(case: Case) -> Iterator[Trial]:
 
 
 _LEAST_OF_FOUR_BITS = 0.01
-_GROUPS = (128, 64, 32)
+_GROUPS = (128, 64, 32, 16)
 _GROUPED: dict[str, Callable[[Tensor], Tensor]] = {
     "": lambda groups: quantised.integers(4)(groups, (-1,), None),
     " and a zero point": lambda groups: quantised.shifted(4)(groups, (-1,), None),
