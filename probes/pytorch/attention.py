@@ -39,6 +39,7 @@ class Product:
             where the model repeats them before the product.
         how: in words.
         batch: number of sequences, where heads may be folded into them and this is known; else 0.
+        by_hand: whether its softmax is written out.
     """
 
     query: Tensor | None
@@ -46,6 +47,7 @@ class Product:
     value: Tensor | None
     how: str
     batch: int = 0
+    by_hand: bool = False
 
 
 class AttentionWatch(TorchFunctionMode):
@@ -60,7 +62,7 @@ class AttentionWatch(TorchFunctionMode):
         self._seen = seen
         # Products of the current module call that may turn out to be scores, newest last.
         self._scores: list[tuple[torch.Size, Tensor, Tensor]] = []
-        self._pending: tuple[torch.Size, Tensor, Tensor] | None = None
+        self._pending: tuple[torch.Size, Tensor, Tensor, bool] | None = None
 
     def forget(self) -> None:
         """Drops what was seen so far (a layer begins or ends)."""
@@ -82,7 +84,7 @@ class AttentionWatch(TorchFunctionMode):
             elif func in _MATMULS:
                 self._matmul(func, args, kwargs, result)
             elif isinstance(result, Tensor) and result.dim() >= 3:
-                self._softmax(result)
+                self._softmax(result, by_hand=func in _EXPONENTIALS)
         return result
 
     def _sdpa(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -96,17 +98,18 @@ class AttentionWatch(TorchFunctionMode):
             return
         left, right = operands
         if self._pending is not None and _same_scores(left.shape, self._pending[0]):
-            _, query, key = self._pending
+            _, query, key, by_hand = self._pending
             self._pending = None
-            self._seen(Product(query, key, right, "what reaches the attention product", batch_within()))
+            how = "what reaches the attention product"
+            self._seen(Product(query, key, right, how, batch_within(), by_hand))
             return
         self._scores.append((result.shape, left, right.transpose(-1, -2)))
         del self._scores[:-4]
 
-    def _softmax(self, result: Tensor) -> None:
+    def _softmax(self, result: Tensor, *, by_hand: bool) -> None:
         for shape, query, key in reversed(self._scores):
             if _same_scores(shape, result.shape):
-                self._pending = (result.shape, query, key)
+                self._pending = (result.shape, query, key, by_hand)
                 self._scores.clear()
                 return
 

@@ -242,11 +242,7 @@ class LayerObserver:
         site = current.site
         caches = caches_in(args, kwargs)
         emitted: set[str] = set()
-        reaching: list[Tensor | None] = []
-        for product, path in current.products:
-            if any(_is_same(product.key, other) for other in reaching if product.key is not None):
-                continue  # another block of queries
-            reaching.append(product.key)
+        for product, path in _whole(current.products):
             cross = bool(_CROSS.search(path)) or "key" in emitted
             for tensor in ("key", "value"):
                 name = f"cross_{tensor}" if cross else tensor
@@ -334,6 +330,27 @@ def wrapped(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
             object.__setattr__(module, "forward", forward)
         else:
             object.__delattr__(module, "forward")
+
+
+def _whole(products: Sequence[tuple[Product, str]]) -> Iterator[tuple[Product, str]]:
+    """Attention products without those of further blocks of queries, whose keys were seen, and none of blocks
+    of keys, whose softmax is always written out: no block is all of them."""
+    reaching: list[Tensor] = []
+    by_hand: dict[str, list[Tensor]] = {}
+    for product, path in products:
+        keys = by_hand.setdefault(path, [])
+        if product.by_hand and product.key is not None and not _is_among(product.key, keys):
+            keys.append(product.key)
+    for product, path in products:
+        key = product.key
+        if key is None or (product.by_hand and len(by_hand[path]) > 1) or _is_among(key, reaching):
+            continue
+        reaching.append(key)
+        yield product, path
+
+
+def _is_among(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    return any(_is_same(tensor, other) for other in others)
 
 
 def _hooks_after(module: nn.Module) -> bool:

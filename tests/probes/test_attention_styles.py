@@ -91,6 +91,20 @@ def in_blocks(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor
     )
 
 
+def blocks_of_keys(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """As flash attention goes over keys: the largest score and the sum are carried along."""
+    key, value = repeated(key), repeated(value)
+    largest = torch.full((BATCH, HEADS, TOKENS, 1), -torch.inf)
+    total, made = torch.zeros_like(largest), torch.zeros_like(query)
+    for columns in (slice(0, 4), slice(4, None)):
+        scores = query @ key[:, :, columns].transpose(-1, -2) * SCALE + mask[:, columns]
+        top = torch.maximum(largest, scores.amax(-1, keepdim=True))
+        raised, before = (scores - top).exp(), (largest - top).exp()
+        total = total * before + raised.sum(-1, keepdim=True)
+        made, largest = made * before + raised @ value[:, :, columns], top
+    return made / total
+
+
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
 
@@ -145,6 +159,16 @@ class Model(nn.Module):
 def made(style: str) -> Any:
     torch.manual_seed(0)
     return Model(STYLES[style]).eval()
+
+
+def test_blocks_of_keys_are_not_taken_for_all_of_them() -> None:
+    """The projections are what is left to look at."""
+    torch.manual_seed(0)
+    model = Model(blocks_of_keys).eval()
+    x = torch.randn(BATCH, TOKENS, HEADS * SIZE, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(model(x), made("plain")(x))
+    seen = observed(PyTorchProbe(model), {"x": x})
+    assert sorted(seen) == ["layers.0.hidden", "layers.1.hidden", "output.0"]
 
 
 @pytest.mark.parametrize("style", STYLES)
