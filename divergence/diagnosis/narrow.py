@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from divergence.diagnosis import weights
-from divergence.diagnosis.case import Case
+from divergence.diagnosis.case import Case, Fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,8 +86,8 @@ def other_weights(case: Case) -> OtherWeights | None:
     named = weights.parameters(case)
     for names in weights.each_and_all(weights.touched(case)):
         held = weights.held(case, names)
-        fit = case.fit(weights.in_place(held))
-        if not fit.convincing:
+        fit = _fit(case, held)
+        if fit is None or not fit.convincing:
             continue
         off = sorted(_distance(named[name], own) for name, own in held.items())
         one = len(names) == 1
@@ -98,6 +100,13 @@ def other_weights(case: Case) -> OtherWeights | None:
             f"{100 * fit.explained:.4g} % of the error",
             fit.explained,
         )
+    return None
+
+
+def _fit(case: Case, held: Mapping[str, Tensor]) -> Fit | None:
+    """How well the candidate's own weights explain the error; None where a model's code cannot bear them."""
+    with contextlib.suppress(Exception):
+        return case.fit(weights.in_place(held))
     return None
 
 

@@ -10,12 +10,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from divergence.diagnosis import cache, parts, products, weights
+from divergence.diagnosis import cache, grids, parts, products, weights
 from divergence.diagnosis.case import Case
 from divergence.diagnosis.embedded import embedded
 from divergence.diagnosis.emulate import Fault
 from divergence.diagnosis.grids import Grid
 from divergence.diagnosis.hypotheses import Trial
+
+_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
+_ALL_FLOATS = 16  # whole numbers up to here are values of e4m3
 
 Axes = tuple[int, ...]
 Rounded = Callable[[Tensor, Axes, Tensor | None], Tensor]
@@ -68,7 +71,11 @@ class Format:
         if found is None or self.largest is not None:
             return found
         least, most = self.steps
-        return found if least <= found.levels <= most else None
+        if not least <= found.levels <= most:
+            return None
+        # The small values of an 8-bit float are multiples of a step too; large integers are not all floats.
+        sparser = found.levels > _ALL_FLOATS and any(grids.floats(tensor, axes, t) for t in _FLOATS)
+        return None if sparser else found
 
     @property
     def unit(self) -> str:

@@ -259,3 +259,23 @@ def test_a_weight_that_would_have_to_be_another_than_it_is_explains_no_part_of_a
     (found,) = result.causes
     assert found.id == "unknown"
     assert "'mlp.down_proj.weight' is not the reference's" in found.title
+
+
+def test_small_values_of_a_float_are_not_taken_for_integers() -> None:
+    """All of them are multiples of its smallest step."""
+    model = llama(3, **SIZES)
+
+    def small(model: Any) -> None:
+        for one in model.model.layers:
+            one.self_attn.v_proj.weight *= 0.4 / float(one.self_attn.v_proj.weight.abs().max())
+
+    reference = planted(model, small)
+
+    def unscaled(model: Any) -> None:
+        weight = layer(model, 1).self_attn.v_proj.weight
+        weight.copy_(weight.to(torch.float8_e4m3fn).float())
+
+    inputs = inputs_for("llama", tokens=24)
+    candidate = planted(reference, unscaled).bfloat16()
+    (found,) = diagnosed(reference.bfloat16(), candidate, inputs).causes
+    assert (found.id, found.site) == ("quant_fp8", "layers.1.value")
