@@ -19,6 +19,7 @@ session.py    runs a graph with more outputs
 inputs.py     checks inputs
 unseen.py     Inf that nothing in the graph saw
 facts.py      digest, precision, operators
+weights.py    weights by the names of their modules
 """
 
 from typing import Any
