@@ -126,13 +126,10 @@ def measure(
     floors: dict[Site, Floor] = {}
 
     def compare(seen: Observation) -> None:
-        entry = reference.entries.get(seen.site)
-        if entry is None or entry.shape != tuple(seen.tensor.shape):
-            return
-        ref = reference.tensor(seen.site)
         stored = seen.tensor if run_in == "fp64" else cast(seen.tensor, run_in)
-        metrics = compare_tensors(ref, stored, axes=entry.axes, mask=mask_of(seen.site, ref))
-        floors[seen.site] = Floor.of(metrics, precision)
+        metrics = _against(reference, seen.site, stored, mask_of)
+        if metrics is not None:
+            floors[seen.site] = Floor.of(metrics, precision)
 
     layers = [layer for stack in probe.stacks for layer in stack.layers]
     moved = {name: cast(tensor, run_in) for name, tensor in inputs.items()}
@@ -155,6 +152,16 @@ def measure(
     return floors
 
 
+def _against(reference: Capture, site: Site, tensor: Tensor, mask_of: MaskOf) -> Metrics | None:
+    """What another run of the reference gave at a site against what was captured there; None where that is
+    of another shape, or nothing."""
+    entry = reference.entries.get(site)
+    if entry is None or entry.shape != tuple(tensor.shape):
+        return None
+    ref = reference.tensor(site)
+    return compare_tensors(ref, tensor, axes=entry.axes, mask=mask_of(site, ref))
+
+
 def _check_repeatable(
     probe: PyTorchProbe,
     inputs: Mapping[str, Tensor],
@@ -173,11 +180,10 @@ def _check_repeatable(
     same = _SAME * Floor.least(reference.facts.precision or "fp32").rel_l2
 
     def compare(seen: Observation) -> None:
-        entry = reference.entries.get(seen.site)
-        if seen.site not in suspect or entry is None or entry.shape != tuple(seen.tensor.shape):
+        if seen.site not in suspect:
             return
-        ref = reference.tensor(seen.site)
-        error = compare_tensors(ref, seen.tensor, axes=entry.axes, mask=mask_of(seen.site, ref)).rel_l2
+        metrics = _against(reference, seen.site, seen.tensor, mask_of)
+        error = None if metrics is None else metrics.rel_l2
         if error is not None and not error <= same:
             raise SourceError(
                 f"{probe.source}: gives something else when it is run again ({seen.site}: relative error "

@@ -30,7 +30,7 @@ from divergence.comparison.metrics import (
 )
 from divergence.comparison.tiling import COLUMN_BYTES, ROW_BYTES, Launch, Plan, Tiling, suitable
 from divergence.comparison.triton_kernel import compare as compare_matrices
-from divergence.comparison.views import operands
+from divergence.comparison.views import Operands, operands
 from divergence.precision import integers_of
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def compare(
         from divergence.comparison import cpu
 
         return cpu.compare(ref, cand, axes=axes, mask=mask, entries=entries)
-    return with_unlike(results.metrics(), operands(ref, cand, axes, mask))
+    return results.metrics()
 
 
 def launch(
@@ -89,7 +89,7 @@ def launch(
         return None
     matrix = Matrix(given.form, given.mask, *pair)
     plan = Plan.of(matrix, tiling or suitable(matrix), memory)
-    results = Results(matrix, plan, entries)
+    results = Results(given, matrix, plan, entries)
     for part in plan.launches:
         results.run(part)
     return results
@@ -127,8 +127,8 @@ class Results:
         parts: views of these.
     """
 
-    def __init__(self, matrix: Matrix, plan: Plan, entries: int) -> None:
-        self.matrix, self.plan = matrix, plan
+    def __init__(self, given: Operands, matrix: Matrix, plan: Plan, entries: int) -> None:
+        self.given, self.matrix, self.plan = given, matrix, plan
         self.token = _Axis(matrix.rows, entries, 1)
         self.channel = _Axis(matrix.columns, entries, 1)
         self.head = _Axis(matrix.heads, entries, matrix.channels)
@@ -276,7 +276,7 @@ class Results:
             padded_max_abs=padded if padded >= 0 else None,
             error_exponents=histogram,
         )
-        return assemble(scan, sums)
+        return with_unlike(assemble(scan, sums), self.given)
 
     def _index(self, number: int) -> tuple[int, ...]:
         return self.matrix.form.index(*(int(i) for i in np.unravel_index(number, self.matrix.form.pooled)))

@@ -79,19 +79,17 @@ def kept(case: Case, format_: Format) -> Iterator[Trial]:
     """Weights that the candidate itself keeps in the format, whatever step or range it was given."""
     named = weights.parameters(case)
     found: dict[str, _Kept] = {}
-    for name in weights.touched(case):
-        own = weights.held(case, [name])[name]
+    for name, own in weights.held(case, weights.touched(case)).items():
         read = _read_from(format_, named[name].detach(), own, weights.output_axis(case, name))
         if read is not None:
             found[name] = read
     for names in weights.each_and_all(list(found)):
         first = found[names[0]]
         beyond = max(found[name].beyond for name in names)
-        words = f"'{names[0]}'" if len(names) == 1 else f"{len(names)} weights ({', '.join(names)})"
         yield Trial(
             key=f"own {format_.words} {' '.join(names)}",
-            title=f"{words} went through {format_.words} with a fixed {format_.unit} for every "
-            f"{first.grain}, {first.step:.4g}"
+            title=f"{weights.spelt(names)} went through {format_.words} with a fixed {format_.unit} for "
+            f"every {first.grain}, {first.step:.4g}"
             + (f", which cuts off {100 * beyond:.2g} % of the values" if beyond else ""),
             fault=weights.in_place(weights.held(case, names)),
             parameters={

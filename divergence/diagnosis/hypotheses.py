@@ -129,7 +129,7 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
     fit = case.fit(fault)
     if fit.explained == 0.0 and not case.nonfinite:
         return None
-    if (trial.exact(value) or not agrees(case, fault)) and not case.leaves_rounding(fit):
+    if fit.convincing and (trial.exact(value) or not agrees(case, fault)) and not case.leaves_rounding(fit):
         fit = replace(fit, convincing=False)
     return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
 

@@ -82,7 +82,14 @@ class OtherWeights:
 
 def other_weights(case: Case) -> OtherWeights | None:
     """The weights that the candidate itself shows to be others, where they explain more than half of the
-    error."""
+    error. Looked for once in a case."""
+    if "other weights" not in case.memory:
+        case.memory["other weights"] = _other_weights(case)
+    found: OtherWeights | None = case.memory["other weights"]
+    return found
+
+
+def _other_weights(case: Case) -> OtherWeights | None:
     named = weights.parameters(case)
     for names in weights.each_and_all(weights.touched(case)):
         held = weights.held(case, names)
@@ -91,7 +98,7 @@ def other_weights(case: Case) -> OtherWeights | None:
             continue
         off = sorted(_distance(named[name], own) for name, own in held.items())
         one = len(names) == 1
-        words = f"'{names[0]}'" if one else f"{len(names)} weights ({', '.join(names)})"
+        words = weights.spelt(names)
         sizes = f"{off[0]:.3g}" + ("" if one else f" to {off[-1]:.3g}")
         return OtherWeights(
             f"{words} {'is' if one else 'are'} not the reference's (relative L2 {sizes}), in no way that is "

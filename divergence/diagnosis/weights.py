@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -235,6 +235,11 @@ def in_place(replacing: Mapping[str, Tensor]) -> Fault:
 
 def _instead(tensor: Tensor) -> Change:
     return lambda parameter: tensor.to(parameter.dtype)
+
+
+def spelt(names: Sequence[str]) -> str:
+    """Names of weights for a sentence."""
+    return f"'{names[0]}'" if len(names) == 1 else f"{len(names)} weights ({', '.join(names)})"
 
 
 def each_and_all(names: list[str]) -> list[list[str]]:

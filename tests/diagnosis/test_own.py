@@ -136,15 +136,22 @@ def test_an_export_shows_its_weights_too(tmp_path: Path) -> None:
     assert result.causes[0].parameters["step"] == pytest.approx(0.013, rel=1e-3)
 
 
-def test_weights_that_are_the_same_are_said_to_be_and_blamed_for_no_part_of_an_error() -> None:
-    model = llama(3, **SIZES)
+def cutting(path: str) -> Callable[[Any], None]:
+    """A projection whose weight is the reference's and whose results are cut off."""
 
-    def cut(model: Any) -> None:
-        projection = layer(model, 1).self_attn.k_proj
+    def plant(model: Any) -> None:
+        projection = layer(model, 1).get_submodule(path)
         forward = projection.forward
         projection.forward = lambda x: forward(x).clamp(-0.5, 0.5)
 
-    result = diagnosed(model, planted(model, cut), inputs_for("llama", tokens=24))
+    return plant
+
+
+def test_weights_that_are_the_same_are_said_to_be_and_blamed_for_no_part_of_an_error() -> None:
+    model = llama(3, **SIZES)
+
+    candidate = planted(model, cutting("self_attn.k_proj"))
+    result = diagnosed(model, candidate, inputs_for("llama", tokens=24))
     assert [(c.id, c.site) for c in result.causes] == [("unknown", "layers.1.key")]
     assert any("holds the reference's weights" in line for line in result.causes[0].evidence)
 
@@ -152,12 +159,8 @@ def test_weights_that_are_the_same_are_said_to_be_and_blamed_for_no_part_of_an_e
 def test_values_that_were_cut_off_are_counted() -> None:
     model = llama(3, **SIZES)
 
-    def cut(model: Any) -> None:
-        projection = layer(model, 1).self_attn.v_proj
-        forward = projection.forward
-        projection.forward = lambda x: forward(x).clamp(-0.5, 0.5)
-
-    result = diagnosed(model, planted(model, cut), inputs_for("llama", tokens=24))
+    candidate = planted(model, cutting("self_attn.v_proj"))
+    result = diagnosed(model, candidate, inputs_for("llama", tokens=24))
     (found,) = result.causes
     assert found.id == "unknown"
     assert any("values were cut off at -0.5 or 0.5" in line for line in found.evidence)
