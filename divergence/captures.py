@@ -213,8 +213,8 @@ def fingerprint_started(
 
     Args:
         named: the parameters.
-        after: what was recorded on each device that holds some when they had been written. They are read
-            beside what a device does since; it must leave them alone until the digest is there.
+        after: what was recorded on each device that holds some; they are read after that, and beside what
+            the device does since, which must leave them alone until the digest is there.
     """
     import torch
 

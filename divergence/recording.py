@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -141,36 +141,32 @@ class CaptureWriter:
         """
         if not self._entries:
             raise CaptureError(f"{self.path}: the run produced no sites, so there is nothing to capture")
-        ordered = in_execution_order(self._entries, facts.stacks)
+        described = {
+            site: {**vars(self._entries[site]), "site": str(site)}
+            for site in in_execution_order(self._entries, facts.stacks)
+        }
+        # Made here, while the last tensors are written; what is left below is waited for.
+        known = _by_line({"schema": SCHEMA, "facts": asdict(facts), "inputs_digest": inputs_digest})
         with self._naming_failures():
             if self._staging is not None:
                 self._staging.close(lambda writer: self._staged[writer].close())
             self._direct.close()
-        entries = {site: replace(self._entries[site], file=self._file_of(str(site))) for site in ordered}
+        for item in described.values():
+            item["file"] = self._file_of(item["site"])
         masks = {stack: self._file_of(MASK_PREFIX + stack) for stack in self._masks}
         with self._naming_failures():
             if self._budget is None:
-                self._write_manifest(facts, inputs_digest, entries, masks)
+                rest = {"sites": list(described.values()), "masks": masks, "files": self._shards.files}
+                text = "{\n" + ",\n".join([*known, *_by_line(rest)]) + "\n}\n"
+                (self._partial / MANIFEST).write_text(text, encoding="utf-8")
             if self._shards.files or self._budget is None:
                 self._replace()
+        entries = {site: Entry(**{**item, "site": site}) for site, item in described.items()}
         self._closed = True
         return Capture(self.path, facts, inputs_digest, entries, masks, self._held)
 
     def _file_of(self, name: str) -> str:
         return self._lane_of[name].files[name] if name in self._lane_of else ""
-
-    def _write_manifest(
-        self, facts: RunFacts, inputs_digest: str, entries: dict[Site, Entry], masks: dict[str, str]
-    ) -> None:
-        content = {
-            "schema": SCHEMA,
-            "facts": asdict(facts),
-            "inputs_digest": inputs_digest,
-            "sites": [{**vars(entry), "site": str(site)} for site, entry in entries.items()],
-            "masks": masks,
-            "files": self._shards.files,
-        }
-        (self._partial / MANIFEST).write_text(_by_line(content), encoding="utf-8")
 
     def _replace(self) -> None:
         # The old capture is moved, not deleted, first: a name is missing for two renames only.
@@ -277,13 +273,14 @@ class CaptureWriter:
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
 
 
-def _by_line(content: Mapping[str, object]) -> str:
-    """JSON with a line for each key, and for each item of a list. json's own indentation is not compiled: it
-    takes as long as the last tensors take to be written."""
+def _by_line(content: Mapping[str, object]) -> list[str]:
+    """Members of a JSON object, each on a line of its own, and items of lists too. json's own indentation is
+    not compiled: it takes as long as the last tensors take to be written."""
     lines = []
     for key, value in content.items():
-        text = json.dumps(value)
         if isinstance(value, list):
-            text = "[\n" + ",\n".join(json.dumps(item) for item in value) + "\n]"
+            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
+        else:
+            text = json.dumps(value)
         lines.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    return lines

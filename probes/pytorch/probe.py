@@ -178,15 +178,18 @@ class PyTorchProbe:
     ) -> RunFacts:
         """See `divergence.probes.Probe`. With `record`, `self.calls` holds every layer call
         afterwards, for replay; without, it keeps those of an earlier run."""
-        parameters = list(self.model.parameters())
-        devices = dict.fromkeys(p.device for p in parameters if p.is_cuda)
-        written = [torch.cuda.current_stream(device).record_event() for device in devices]
         known: dict[str, Any] = {}
+        training: list[str] = []
         digests: list[Callable[[], str]] = []
 
         def ran() -> None:
-            digests.append(fingerprint_started(named_weights(self.model), written))
+            parameters = list(self.model.parameters())
+            devices = dict.fromkeys(p.device for p in parameters if p.is_cuda)
+            # Weights are read while the last tensors are written, rather than beside the model.
+            done = [torch.cuda.current_stream(device).record_event() for device in devices]
+            digests.append(fingerprint_started(named_weights(self.model), done))
             known.update(self._known(parameters))
+            training.extend(training_note(self.source, self.model))
 
         order, outputs, notes = self.observe(
             inputs, sink, detail=detail, progress=progress, record=record, ran=ran
@@ -198,7 +201,7 @@ class PyTorchProbe:
             model_digest=self._digest,
             stacks=order,
             versions={"torch": str(torch.__version__)},
-            notes=(*training_note(self.source, self.model), *notes),
+            notes=(*training, *notes),
             outputs=outputs,
             **known,
         )
@@ -227,8 +230,8 @@ class PyTorchProbe:
         record: bool = False,
         ran: Callable[[], None] = lambda: None,
     ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """`run` without its facts; `ran` is called when the model has returned, which is before a device is
-        done: whatever takes time and needs no device is best done there.
+        """`run` without its facts; `ran` is called when the model has returned and its outputs are on their
+        way, which is before a device is done: whatever takes time and needs no device is best done there.
 
         Returns:
             Names of the stacks in execution order, names of the outputs, notes.
@@ -257,10 +260,10 @@ class PyTorchProbe:
             outputs = self._forward(inputs, refused)
         # Not the observer itself, which holds the last hidden states.
         self._autocast, self._hidden = observer.autocast, observer.hidden
-        ran()
         plain = dict(output_leaves(outputs))
         for name, tensor in plain.items():
             sink(Observation(Site.output(name), tensor, (), "output of the model"))
+        ran()
         if record:
             self.calls = observer.calls
         if not any(isinstance(leaf, Tensor) for _, leaf in leaves(outputs)) and not keys_by_layer(outputs):
