@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,7 +219,7 @@ def fingerprint_started(
     """
     import torch
 
-    digested: list[tuple[str, list[torch.Tensor]]] = []
+    digested: list[tuple[bytes, list[torch.Tensor]]] = []
     streams = [torch.cuda.Stream(event.device) for event in after]
     with contextlib.ExitStack() as beside:
         for stream, event in zip(streams, after, strict=True):
@@ -226,29 +227,39 @@ def fingerprint_started(
             beside.enter_context(torch.cuda.stream(stream))
         beside.enter_context(torch.inference_mode())  # views of parameters cost half without gradients
         for name, tensor in named:
-            header = f"{name}{tuple(tensor.shape)}{tensor.dtype}"
+            header = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
             empty = not tensor.numel() or tensor.device.type == "meta"
             digested.append((header, [] if empty else _digests(tensor)))
-        parts = _brought_together(digested)
-    return functools.partial(_fetched, digested, parts, streams)
+        order, together = _brought_together(digested)
+    return functools.partial(_fetched, order, together, streams)
 
 
 Kind = tuple["torch.device", "torch.dtype"]
 
 
-def _brought_together(digested: Sequence[tuple[str, Sequence[torch.Tensor]]]) -> dict[Kind, torch.Tensor]:
-    """Copies of all parts of a device and dtype in one tensor, which keeps what may be written into."""
+def _brought_together(
+    digested: Sequence[tuple[bytes, Sequence[torch.Tensor]]],
+) -> tuple[list[bytes | tuple[Kind, int, int]], dict[Kind, torch.Tensor]]:
+    """Headers in order, each before where its parts lie (first and last byte), and copies of all parts of a
+    device and dtype in one tensor, which keeps what may be written into."""
     import torch
 
+    order: list[bytes | tuple[Kind, int, int]] = []
     parts: dict[Kind, list[torch.Tensor]] = {}
-    for _, own in digested:
+    filled: Counter[Kind] = Counter()
+    for header, own in digested:
+        order.append(header)
         for part in own:
-            parts.setdefault((part.device, part.dtype), []).append(part)
-    return {kind: torch.cat(own) for kind, own in parts.items()}
+            kind = part.device, part.dtype
+            start = filled[kind]
+            filled[kind] += part.nbytes
+            order.append((kind, start, filled[kind]))
+            parts.setdefault(kind, []).append(part)
+    return order, {kind: torch.cat(own) for kind, own in parts.items()}
 
 
 def _fetched(
-    digested: Sequence[tuple[str, Sequence[torch.Tensor]]],
+    order: Iterable[bytes | tuple[Kind, int, int]],
     together: Mapping[Kind, torch.Tensor],
     streams: Sequence[torch.cuda.Stream],
 ) -> str:
@@ -256,17 +267,10 @@ def _fetched(
 
     for stream in streams:
         stream.synchronize()
-    # Slices in the order that `_brought_together` met them in.
     octets = {kind: held.cpu().view(torch.uint8).numpy().data for kind, held in together.items()}
-    at = dict.fromkeys(octets, 0)
     digest = hashlib.sha256()
-    for header, parts in digested:
-        digest.update(header.encode())
-        for part in parts:
-            kind = part.device, part.dtype
-            start = at[kind]
-            at[kind] += part.numel() * part.itemsize
-            digest.update(octets[kind][start : at[kind]])
+    for item in order:
+        digest.update(item if isinstance(item, bytes) else octets[item[0]][item[1] : item[2]])
     return digest.hexdigest()[:16]
 
 

@@ -105,14 +105,13 @@ class Lane:
 
     def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         """Begins a tensor, in the next shard where this one is full."""
-        if self._shard is not None and (
-            self._shard.nbytes >= self._shards.shard_bytes or not self._shard.takes(name, dtype, shape)
-        ):
+        shard = self._shard
+        if shard is None or shard.nbytes >= self._shards.shard_bytes or not shard.begin(name, dtype, shape):
             self.close()
-        if self._shard is None:
-            self._shard = self._shards.open()
-        self._shard.begin(name, dtype, shape)
-        self.files[name] = self._shard.path.name
+            shard = self._shard = self._shards.open()
+            if not shard.begin(name, dtype, shape):
+                raise CaptureError(f"{name[:40]}...: this name is too long for a capture; give another")
+        self.files[name] = shard.path.name
 
 
 class Writing:

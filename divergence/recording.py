@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -141,27 +141,25 @@ class CaptureWriter:
         """
         if not self._entries:
             raise CaptureError(f"{self.path}: the run produced no sites, so there is nothing to capture")
-        described = {
-            site: {**vars(self._entries[site]), "site": str(site)}
-            for site in in_execution_order(self._entries, facts.stacks)
-        }
-        # Made here, while the last tensors are written; what is left below is waited for.
-        known = _by_line({"schema": SCHEMA, "facts": asdict(facts), "inputs_digest": inputs_digest})
+        ordered = in_execution_order(self._entries, facts.stacks)
+        # Text is made while the last tensors are written: what comes after them is waited for.
+        head = _members({"schema": SCHEMA, "facts": asdict(facts), "inputs_digest": inputs_digest})
+        rows = {site: _row(self._entries[site]) for site in ordered}
         with self._naming_failures():
             if self._staging is not None:
                 self._staging.close(lambda writer: self._staged[writer].close())
             self._direct.close()
-        for item in described.values():
-            item["file"] = self._file_of(item["site"])
+        entries = {site: replace(self._entries[site], file=self._file_of(str(site))) for site in ordered}
         masks = {stack: self._file_of(MASK_PREFIX + stack) for stack in self._masks}
         with self._naming_failures():
             if self._budget is None:
-                rest = {"sites": list(described.values()), "masks": masks, "files": self._shards.files}
-                text = "{\n" + ",\n".join([*known, *_by_line(rest)]) + "\n}\n"
+                items = [f'{row}, "file": {json.dumps(entries[site].file)}}}' for site, row in rows.items()]
+                tail = _members({"masks": masks, "files": self._shards.files})
+                sites = '"sites": [\n' + ",\n".join(items) + "\n]"
+                text = "{\n" + ",\n".join([*head, sites, *tail]) + "\n}\n"
                 (self._partial / MANIFEST).write_text(text, encoding="utf-8")
             if self._shards.files or self._budget is None:
                 self._replace()
-        entries = {site: Entry(**{**item, "site": site}) for site, item in described.items()}
         self._closed = True
         return Capture(self.path, facts, inputs_digest, entries, masks, self._held)
 
@@ -171,11 +169,13 @@ class CaptureWriter:
     def _replace(self) -> None:
         # The old capture is moved, not deleted, first: a name is missing for two renames only.
         old = self.path.with_name(self.path.name + REPLACED)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             self.path.replace(old)
         self._partial.replace(self.path)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
     def _store(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
         self._forget(name)
@@ -273,14 +273,12 @@ class CaptureWriter:
         return CaptureError(f"{self._partial}: cannot write the capture ({one_line(error)})")
 
 
-def _by_line(content: Mapping[str, object]) -> list[str]:
-    """Members of a JSON object, each on a line of its own, and items of lists too. json's own indentation is
-    not compiled: it takes as long as the last tensors take to be written."""
-    lines = []
-    for key, value in content.items():
-        if isinstance(value, list):
-            text = "[\n" + ",\n".join(map(json.dumps, value)) + "\n]"
-        else:
-            text = json.dumps(value)
-        lines.append(f"{json.dumps(key)}: {text}")
-    return lines
+def _members(content: Mapping[str, object]) -> list[str]:
+    """Members of a JSON object, each a line."""
+    return [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+
+
+def _row(entry: Entry) -> str:
+    """A site of the manifest without its file, which is known last, and without the bracket after it."""
+    known = {name: value for name, value in vars(entry).items() if name != "file"}
+    return json.dumps({**known, "site": str(entry.site)})[:-1]

@@ -65,21 +65,32 @@ class ShardWriter:
         self.path = path
         self.nbytes = 0
         self._expected = 0
-        self._tensors: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
+        self._described: dict[str, str] = {}
         self._header = 2
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
-    def takes(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-        """Whether there is room for another tensor: in the header, and at a multiple of its size."""
-        more = len(_described(name, dtype, shape, self.nbytes, self.nbytes)) + 40
-        return self._header + more <= HEADER_BYTES - _LENGTH and self.nbytes % dtype.itemsize == 0
+    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Announces a tensor, whose bytes `write` appends. One of the same name is given another.
 
-    def begin(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        """Announces a tensor, whose bytes `write` appends. One of the same name is given another."""
-        if name in self._tensors:
-            self._tensors[f"replaced:{len(self._tensors)}"] = self._tensors.pop(name)
-        self._tensors[name] = (dtype, shape, self.nbytes)
-        self._header += len(_described(name, dtype, shape, self.nbytes, self.nbytes)) + 40
+        Returns:
+            Whether there is room for it, in the header and at a multiple of its size; else nothing is done.
+        """
+        if self.nbytes % dtype.itemsize:
+            return False
+        quoted = json.dumps(name)
+        text = (
+            f'{{"dtype":"{DTYPES[dtype_name(dtype)]}","shape":{list(shape)},'
+            f'"data_offsets":[{self.nbytes},{self.nbytes + math.prod(shape) * dtype.itemsize}]}}'
+        )
+        earlier = f'"replaced:{len(self._described)}"' if quoted in self._described else ""
+        header = self._header + len(quoted) + len(text) + 2 + max(0, len(earlier) - len(quoted))
+        if header > HEADER_BYTES - _LENGTH:
+            return False
+        if earlier:
+            self._described[earlier] = self._described.pop(quoted)
+        self._described[quoted] = text
+        self._header = header
+        return True
 
     def expect(self, nbytes: int) -> None:
         """Makes the file longer by what `write` is going to append later.
@@ -110,13 +121,9 @@ class ShardWriter:
         Raises:
             OSError: as `write`.
         """
-        content = {
-            name: {"dtype": DTYPES[dtype_name(dtype)], "shape": shape, "data_offsets": (start, stop)}
-            for name, (dtype, shape, start) in self._tensors.items()
-            for stop in (start + math.prod(shape) * dtype.itemsize,)
-        }
         length = HEADER_BYTES - _LENGTH
-        text = json.dumps(content, separators=(",", ":")).encode().ljust(length)
+        content = ",".join(f"{name}:{text}" for name, text in self._described.items())
+        text = f"{{{content}}}".encode().ljust(length)
         try:
             os.pwrite(self._file, length.to_bytes(_LENGTH, "little") + text, 0)
             os.ftruncate(self._file, HEADER_BYTES + self.nbytes)
@@ -129,10 +136,6 @@ class ShardWriter:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def _described(name: str, dtype: torch.dtype, shape: tuple[int, ...], start: int, stop: int) -> str:
-    return f'{json.dumps(name)}:{{"dtype":"{dtype}","shape":{list(shape)},"data_offsets":[{start},{stop}]}},'
 
 
 def _octets(tensor: torch.Tensor) -> torch.Tensor:

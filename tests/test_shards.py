@@ -16,6 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from divergence.comparison import compare_tensors
+from divergence.errors import CaptureError
+from divergence.lanes import Lane, Shards
 from divergence.shards import HEADER_BYTES, ReadAhead, Shard, ShardWriter, Span, pieces, release
 from tests.test_capture import tensors
 
@@ -40,9 +42,8 @@ def test_safetensors_reads_what_was_written(
     kept = {}
     for number, tensor in enumerate(written):
         name = f"tensor {number}"
-        if shard.takes(name, tensor.dtype, tuple(tensor.shape)):
+        if shard.begin(name, tensor.dtype, tuple(tensor.shape)):
             kept[name] = tensor
-            shard.begin(name, tensor.dtype, tuple(tensor.shape))
             for piece in pieces(tensor, limit):
                 shard.write(piece)
     assert shard.close() == path.stat().st_size
@@ -80,8 +81,7 @@ def test_a_tensor_written_twice_is_the_later_one_and_the_file_stays_whole(tmp_pa
 def test_a_header_is_never_too_long(tmp_path: Path) -> None:
     shard = ShardWriter(tmp_path / "a.safetensors")
     number = 0
-    while shard.takes(f"a rather long name of a tensor {number}", torch.bfloat16, (1, 2, 3)):
-        shard.begin(f"a rather long name of a tensor {number}", torch.bfloat16, (1, 2, 3))
+    while shard.begin(f"a rather long name of a tensor {number}", torch.bfloat16, (1, 2, 3)):
         shard.write(torch.zeros(12, dtype=torch.uint8))
         number += 1
     shard.close()
@@ -89,6 +89,23 @@ def test_a_header_is_never_too_long(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").stat().st_size == HEADER_BYTES + 12 * number
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
         assert len(file.keys()) == number
+
+
+def test_a_header_is_never_too_long_where_tensors_are_replaced(tmp_path: Path) -> None:
+    shard = ShardWriter(tmp_path / "a.safetensors")
+    number = 0
+    while shard.begin("x", torch.uint8, (1,)):
+        shard.write(torch.tensor([number % 256], dtype=torch.uint8))
+        number += 1
+    shard.close()
+    assert number > 100
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.get_tensor("x").item() == (number - 1) % 256
+
+
+def test_a_name_that_no_header_takes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match=r"nnn\.\.\.: this name is too long for a capture"):
+        Lane(Shards(tmp_path, 1 << 20)).begin("n" * HEADER_BYTES, torch.float32, (1,))
 
 
 @pytest.mark.parametrize(
