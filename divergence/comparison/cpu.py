@@ -31,8 +31,8 @@ from divergence.comparison.metrics import (
     Scan,
     arrange,
     assemble,
-    with_unlike,
 )
+from divergence.comparison.unlike import with_unlike
 from divergence.comparison.views import Form, Operands, byte_values, operands
 from divergence.errors import AlignmentError
 from divergence.shards import release

@@ -26,10 +26,10 @@ from divergence.comparison.metrics import (
     Scan,
     arrange,
     assemble,
-    with_unlike,
 )
 from divergence.comparison.tiling import COLUMN_BYTES, ROW_BYTES, Launch, Plan, Tiling, suitable
 from divergence.comparison.triton_kernel import compare as compare_matrices
+from divergence.comparison.unlike import with_unlike
 from divergence.comparison.views import Operands, operands
 from divergence.precision import integers_of
 

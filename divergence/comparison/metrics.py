@@ -36,7 +36,7 @@ from divergence.result import Profile
 if TYPE_CHECKING:
     import torch
 
-    from divergence.comparison.views import Form, Operands, Values
+    from divergence.comparison.views import Form, Values
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
@@ -293,24 +293,6 @@ def assemble(scan: Scan, sums: Sums) -> Metrics:
         sums=sums,
         error_exponents=scan.error_exponents,
     )
-
-
-def with_unlike(metrics: Metrics, given: Operands) -> Metrics:
-    """`metrics` of `given` with what becomes of the reference's NaN and Inf, for which only tensors that hold
-    some are looked through once more, a head at a time."""
-    if not metrics.ref_nonfinite or metrics.bit_equal:
-        return metrics
-    form = given.form
-    left, right = (form.view(t).flatten(1, -3) for t in (given.ref, given.cand))
-    infinite = not_a_number = 0
-    for batch, head in np.ndindex(*form.pooled[:2]):
-        r, c = left[batch, head].double(), right[batch, head].to(left.device).double()
-        if given.mask is not None:
-            here = given.mask[batch].to(r.device)
-            r, c = r[here], c[here]
-        infinite += int((r.isinf() & (c != r)).sum())
-        not_a_number += int((r.isnan() & ~c.isnan()).sum())
-    return replace(metrics, unlike_inf=infinite, unlike_nan=not_a_number)
 
 
 def reference_metrics(

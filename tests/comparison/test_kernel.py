@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from divergence.comparison import compare_tensors, cpu, kernel, loops
+from divergence.comparison import compare_tensors, cpu, kernel, loops, unlike
 from divergence.comparison.cpu import compare
 from divergence.comparison.metrics import Metrics, reference_metrics
 from divergence.errors import AlignmentError
@@ -52,6 +52,25 @@ def test_every_pair_of_dtypes_on_rows_of_several_segments(pair: tuple[torch.dtyp
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[1, 1] = False
     assert_same(compare(ref, cand, mask=mask), reference_metrics(ref, cand, mask=mask))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 40), (2, 3, 4, 15), (90,), (30, 1)])
+@pytest.mark.parametrize("piece", [1, 7, 60])
+def test_non_finite_values_of_the_reference_in_pieces(
+    shape: tuple[int, ...], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unlike, "PIECE", piece)
+    ref, cand = noisy(*shape)
+    for flat, steps in ((ref.view(-1), (5, 6, 7)), (cand.view(-1), (3, 10, 4))):
+        for value, step in zip((math.nan, math.inf, -math.inf), steps, strict=True):
+            flat[::step] = value
+    mask = None
+    if len(shape) > 2:
+        mask = torch.ones(shape[0], shape[-2], dtype=torch.bool)
+        mask[1, 1] = False
+    found = compare(ref, cand, mask=mask)
+    assert found.unlike_inf > 0 < found.unlike_nan
+    assert_same(found, reference_metrics(ref, cand, mask=mask))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5000), (2, 3, 4, 1500), (9000,), (3000, 1)])
