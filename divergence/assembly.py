@@ -83,7 +83,7 @@ def environment(reference: Capture, candidate: Capture, inputs: Mapping[str, tor
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
         "inputs_digest": reference.inputs_digest,
-        "inputs": {name: f"{t.dtype}{list(t.shape)}" for name, t in inputs.items()},
+        **({"inputs": {name: f"{t.dtype}{list(t.shape)}" for name, t in inputs.items()}} if inputs else {}),
         "reference": {"model_digest": ref.model_digest, "versions": dict(ref.versions), **ref.details},
         "candidate": {
             "model_digest": cand.model_digest,

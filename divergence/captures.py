@@ -91,6 +91,10 @@ class Capture:
             return None
         return self._read(self.masks[name], MASK_PREFIX + name)
 
+    def token_masks(self) -> dict[str, torch.Tensor]:
+        """All token masks, by stack (`""` for the default)."""
+        return {stack: self._read(file, MASK_PREFIX + stack) for stack, file in self.masks.items()}
+
     def span(self, site: Site) -> Span | None:
         """Where the tensor at `site` lies on disk, or None where it is in memory.
 

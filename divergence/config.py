@@ -2,6 +2,7 @@
 
     inputs = "inputs.safetensors"             # or .npz, "FILE.py:FUNC", "pkg.module:function"
     exclude = ["output.*"]                    # sites that are not compared
+    mask = "not pad"                          # the input that tells padding, where its name does not
     [sources.pytorch]
     model = "export_kv_cache.py:load"         # a callable that returns the module; or: path = "engine.plan"
     dtype = "float32"
@@ -121,6 +122,9 @@ class Config:
         sources: sources by name.
         tolerance: how sites are judged.
         exclude: patterns of sites that are not compared.
+        mask: the input `[batch, token]` that is 0 at padding, which is not compared, or `not NAME` for one
+            that is 0 elsewhere; without it `attention_mask`, `decoder_attention_mask` and torch's own
+            `key_padding_mask`, `src_key_padding_mask` and `tgt_key_padding_mask` are recognised.
         path: the file it was read from.
     """
 
@@ -128,6 +132,7 @@ class Config:
     sources: Mapping[str, SourceConfig] = field(default_factory=dict)
     tolerance: Tolerance = field(default_factory=Tolerance)
     exclude: tuple[str, ...] = ()
+    mask: str | None = None
     path: Path | None = None
 
     @property
@@ -303,7 +308,7 @@ def _kind(value: Any) -> str:
 
 def _config(path: Path, content: Mapping[str, Any]) -> Config:
     prefix = "tool.divergence" if path.name == PYPROJECT else ""
-    root = _Table(path, prefix, content, ("inputs", "sources", "tolerance", "exclude"))
+    root = _Table(path, prefix, content, ("inputs", "sources", "tolerance", "exclude", "mask"))
     inputs = root.string("inputs")
     sources = root.table("sources")
     return Config(
@@ -313,6 +318,7 @@ def _config(path: Path, content: Mapping[str, Any]) -> Config:
         },
         tolerance=_tolerance(root.table("tolerance", ("policy", "ratio", "sites"))),
         exclude=root.strings("exclude"),
+        mask=root.string("mask"),
         path=path,
     )
 

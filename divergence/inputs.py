@@ -1,4 +1,4 @@
-"""Inputs: the tensors that a source is run on, and which of their tokens are padding."""
+"""Inputs: the tensors that a source is run on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +31,6 @@ USER_MODULE = "divergence_user_"  # what the module that a FILE.py is run as is 
 _ON_DEVICE = 64 << 20
 """Most bytes of an input that is copied within a device's memory."""
 _PICKLES = frozenset({".pt", ".pth", ".bin", ".pkl", ".pickle"})
-_MODALITIES = ("vision", "visual", "image", "video", "audio", "speech")
 
 
 def load_inputs(spec: str, base: Path) -> dict[str, torch.Tensor]:
@@ -138,67 +137,6 @@ class Digesting:
                 stream.wait_event(event)
                 beside.enter_context(torch.cuda.stream(stream))
             return digest(self._copies)
-
-
-def token_masks(
-    inputs: Mapping[str, torch.Tensor], stacks: Iterable[str], mask: str | None = None
-) -> dict[str, torch.Tensor]:
-    """Which tokens are valid, by stack.
-
-    `attention_mask` counts for every stack, under the name `""`, but where there are several:
-
-    - with encoders among them (T5, Whisper) it belongs to these, and `decoder_attention_mask`, if
-      there is one, to the decoders;
-    - a stack of another modality (named after vision, audio, ...) has tokens of its own.
-
-    A stack without a mask, of its own or under `""`, has valid tokens only. A mask may be longer than
-    a run's tokens where it covers cached ones: these come first.
-
-    Args:
-        inputs: the run's inputs. A mask is `[batch, token]`, of booleans, of integers (0 is
-            padding) or of floats 0 and 1; masks of other ranks and additive ones are passed over.
-        stacks: names of the layer stacks.
-        mask: name of the input that is the mask of all stacks, instead of the above.
-
-    Returns:
-        Boolean masks `[batch, token]`, true at valid tokens.
-
-    Raises:
-        InputError: `mask` is no input or no mask, or a mask leaves no token valid.
-    """
-    if mask is not None:
-        if mask not in inputs:
-            raise InputError(f"mask '{mask}' is not an input{nearest(mask, inputs)}")
-        found = _as_mask(mask, inputs[mask])
-        if found is None:
-            raise InputError(
-                f"mask '{mask}' has shape {list(inputs[mask].shape)} and dtype {inputs[mask].dtype}; "
-                "a mask is [batch, token] and holds 0 at padding and 1 elsewhere"
-            )
-        return {"": found}
-    given = {
-        name: found
-        for name in ("attention_mask", "decoder_attention_mask")
-        if name in inputs and (found := _as_mask(name, inputs[name])) is not None
-    }
-    names = list(stacks)
-    masks: dict[str, torch.Tensor] = {}
-    if len(names) <= 1:
-        only = given.get("attention_mask", given.get("decoder_attention_mask"))
-        return {} if only is None else {"": only}
-    text = [name for name in names if not any(word in name for word in _MODALITIES)]
-    encoders = [name for name in text if "encoder" in name]
-    decoders = [name for name in text if "decoder" in name]
-    if "attention_mask" in given:
-        if encoders:
-            masks.update(dict.fromkeys(encoders, given["attention_mask"]))
-        elif len(text) == len(names):
-            masks[""] = given["attention_mask"]
-        else:
-            masks.update(dict.fromkeys(text, given["attention_mask"]))
-    if "decoder_attention_mask" in given:
-        masks.update(dict.fromkeys(decoders, given["decoder_attention_mask"]))
-    return masks
 
 
 def import_callable(spec: str, base: Path) -> Callable[..., Any]:
@@ -384,15 +322,3 @@ def _as_tensor(value: Any, where: str) -> torch.Tensor:
         return torch.from_numpy(array)
     except TypeError as error:
         raise InputError(f"{where} has dtype {array.dtype}, which torch does not have") from error
-
-
-def _as_mask(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-    """`tensor` as a boolean mask, or None where it is none."""
-    if tensor.ndim != 2 or tensor.is_complex():
-        return None
-    if tensor.is_floating_point() and not bool(((tensor == 0) | (tensor == 1)).all()):
-        return None
-    found = tensor != 0
-    if not bool(found.any()):
-        raise InputError(f"input '{name}' marks every token as padding, which leaves nothing to compare")
-    return found

@@ -146,7 +146,9 @@ class _Run:
             self._progress(STAGE, done, total)
 
     def _submitted(self, task: _Task) -> Any:
-        inputs = self._sent(read_inputs(self._given[task.sample], self._work.config), "the inputs")
+        work = self._work
+        read = read_inputs(self._given[task.sample], work.config, [work.ref, *work.cands])
+        inputs = self._sent(read or None, "the inputs")
         gpus = max(self._gpus[number] for number in task.numbers)
         options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": 0}
         remote = self._remote.options(**options)
@@ -186,13 +188,13 @@ class _Run:
 
 
 def _answered(
-    work: Work, inputs: Inputs, numbers: Sequence[int], folder: str, version: str
+    work: Work, inputs: Inputs | None, numbers: Sequence[int], folder: str, version: str
 ) -> list[tuple[int, Comparison]]:
     """The task, in a worker.
 
     Args:
         work: what to compare.
-        inputs: of the sample.
+        inputs: of the sample; None where all are captures.
         numbers: of the candidates.
         folder: where the command was given, which its names are relative to.
         version: of divergence there.

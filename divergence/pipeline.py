@@ -133,7 +133,10 @@ def capture(
     config = load_config() if config is None else config
     tensors = read_inputs(inputs, config)
     probe = open_source(source, config, reference=reference, memory=memory, engine=engine)
-    return recorded(path, lambda folder: record(probe, tensors, folder, detail=detail, progress=progress))
+    return recorded(
+        path,
+        lambda folder: record(probe, tensors, folder, detail=detail, progress=progress, mask=config.mask),
+    )
 
 
 def timed(result: Comparison, started: float) -> Comparison:

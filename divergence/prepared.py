@@ -78,6 +78,7 @@ def prepared(
     if tolerance is not None:
         judged = with_thresholds(judged, tolerance, "tolerance")
     excluded = (*config.exclude, *patterns_of(exclude))
+    sources = [ref, *cands, *([] if options.floor is None else [options.floor])]
     with (
         getting_ready(cands, config, options) as early,
         working_folder(keep) as folder,
@@ -86,7 +87,7 @@ def prepared(
         setting = Setting(
             config,
             options,
-            read_inputs(inputs, config),
+            read_inputs(inputs, config, sources),
             judged,
             excluded,
             folder,
@@ -163,6 +164,7 @@ def _measured(reference: Reference, precision: str, setting: Setting) -> tuple[M
 def _given(reference: Reference, precision: str, setting: Setting) -> tuple[Mapping[Site, Floor], str]:
     capture, options = reference.capture, setting.options
     probe = open_source(options.floor, setting.config, reference=capture, memory=options.under_way)
+    setting.check_same_inputs(probe, capture)
     taken = setting.record(probe, "floor")
     floors = {
         pair.reference: Floor.of(compare_pair(pair, capture, taken), precision)

@@ -85,6 +85,7 @@ def _run(probe: PyTorchProbe, setting: Setting) -> _Kept:
             Path(folder.name) / "reference.capture",
             detail=setting.options.detail,
             progress=setting.progress,
+            mask=setting.config.mask,
             record=True,
         )
     except BaseException:
@@ -104,6 +105,7 @@ def _key(probe: PyTorchProbe, setting: Setting) -> str | None:
         found,
         digest(setting.inputs),
         list(setting.inputs),
+        setting.config.mask,
         setting.options.detail,
         probe.source,
         torch.get_default_dtype(),

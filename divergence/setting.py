@@ -14,14 +14,15 @@ from divergence.budget import Budget
 from divergence.captures import Capture
 from divergence.config import Config, Tolerance
 from divergence.errors import ConfigurationError, InputError, nearest
-from divergence.inputs import Digesting, Given, as_inputs, load_inputs, token_masks
+from divergence.inputs import Digesting, Given, as_inputs, load_inputs
 from divergence.limits import check_memory
+from divergence.masks import token_masks
 from divergence.precision import check_precision
 from divergence.probes import Observation, Probe, Progress
 from divergence.probes.recorded import RecordedProbe
 from divergence.recording import Arrived, CaptureWriter
 from divergence.room import fits_twice
-from divergence.sources import is_runtime_file, open_source
+from divergence.sources import is_capture, is_runtime_file, open_source
 from divergence.working import in_background
 
 if TYPE_CHECKING:
@@ -113,7 +114,18 @@ class Setting:
         inner = _inner(probe)
         if isinstance(inner, Startable):
             inner.refer(reference)  # it may have been opened before the reference ran
+        self.check_same_inputs(probe, reference)
         return probe
+
+    def check_same_inputs(self, probe: Probe, reference: Capture) -> None:
+        """Where there are no inputs to hold recorded runs to, holds that of `probe` to the reference's.
+
+        Raises:
+            InputError: it ran on others.
+        """
+        inner = _inner(probe)
+        if not self.inputs and isinstance(inner, RecordedProbe):
+            inner.check_inputs(reference.inputs_digest, "the reference on", "record both on the same")
 
     def record(self, probe: Probe, name: str, arrived: Arrived | None = None, **run: Any) -> Capture:
         """Runs `probe` into the capture called `name`; one that was recorded before is used as it is.
@@ -135,6 +147,7 @@ class Setting:
             progress=self.progress,
             budget=None if self.keep else self.budget,
             arrived=arrived,
+            mask=self.config.mask,
             **run,
         )
 
@@ -246,14 +259,17 @@ def _inner(probe: Probe) -> object:
     return getattr(probe, "probe", probe)
 
 
-def read_inputs(inputs: Given | None, config: Config) -> Inputs:
-    """The tensors by input name that `inputs`, or else the configuration, names.
+def read_inputs(inputs: Given | None, config: Config, sources: Sequence[object] = ()) -> Inputs:
+    """The tensors by input name that `inputs`, or else the configuration, names; none where neither does and
+    all `sources` are captures, which ran before.
 
     Raises:
         InputError: neither names any, they cannot be read, or are no mapping of tensors or arrays.
     """
     if inputs is None:
         if config.inputs is None:
+            if sources and all(is_capture(source, config) for source in sources):
+                return {}
             raise InputError(
                 "no inputs: give --inputs FILE (.safetensors, .npz, FILE.py:FUNC), "
                 "or set inputs in divergence.toml"
@@ -271,9 +287,11 @@ def record(
     progress: Progress,
     budget: Budget | None = None,
     arrived: Arrived | None = None,
+    mask: str | None = None,
     **run: Any,
 ) -> Capture:
-    """Runs `probe` into a capture at `path`, or into memory (`divergence.recording.CaptureWriter`)."""
+    """Runs `probe` into a capture at `path`, or into memory (`divergence.recording.CaptureWriter`); `mask` as
+    for `token_masks`."""
     digesting = Digesting(inputs)
     with CaptureWriter(path, budget=budget, arrived=arrived) as writer:
 
@@ -282,6 +300,11 @@ def record(
             digesting.begin()  # a device has enough to do by now
 
         facts = probe.run(inputs, sink, detail=detail, progress=progress, **run)
-        for stack, mask in token_masks(inputs, facts.stacks).items():
-            writer.add_mask(stack, mask)
-        return writer.close(facts, digesting.result())
+        inner = _inner(probe)
+        if isinstance(inner, RecordedProbe):  # inputs need not be there
+            masks, digest = inner.capture.token_masks(), inner.capture.inputs_digest
+        else:
+            masks, digest = token_masks(inputs, facts.stacks, mask), digesting.result()
+        for stack, valid in masks.items():
+            writer.add_mask(stack, valid)
+        return writer.close(facts, digest)

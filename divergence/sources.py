@@ -85,6 +85,19 @@ def is_runtime_file(source: str | Path, config: Config) -> bool:
     return settings is not None and not settings.model and _suffix(settings) in MODEL_SUFFIXES
 
 
+def is_capture(source: object, config: Config) -> bool:
+    """Whether `source` is a capture, or names one."""
+    from divergence.probes.recorded import RecordedProbe
+
+    if isinstance(source, RecordedProbe):
+        return True
+    settings = settings_of(source, config)
+    if settings is None or settings.path is None:
+        return False
+    path = _on_disk(settings.path)
+    return path is None or _holds_capture(path)
+
+
 def is_engine(settings: SourceConfig) -> bool:
     """Whether a source is a TensorRT engine."""
     return not settings.model and _suffix(settings) in ENGINE_SUFFIXES
@@ -139,7 +152,7 @@ def _open(
 
         options = _engine_options(settings, engine)
         return TensorRTProbe(path, options=options, reference=reference, sites=settings.sites)
-    if path.is_dir() or path.suffix == ".capture" or partial_of(path).exists():
+    if _holds_capture(path):
         from divergence.probes.recorded import RecordedProbe
 
         return RecordedProbe(path)
@@ -152,6 +165,12 @@ def _open(
         provider=settings.provider or "CPUExecutionProvider",
         memory=memory,
     )
+
+
+def _holds_capture(path: Path) -> bool:
+    if path.suffix in ENGINE_SUFFIXES:
+        return False
+    return path.is_dir() or path.suffix == ".capture" or partial_of(path).exists()
 
 
 def _on_disk(path: str) -> Path | None:

@@ -91,10 +91,19 @@ class RecordedProbe:
             InputError: it ran on other inputs.
         """
         capture = self.capture
-        if inputs and (given := digest(inputs)) != capture.inputs_digest:
-            raise InputError(
-                f"{self._where}: was recorded on inputs {capture.inputs_digest} and these are {given}; "
-                "give the same inputs, or record it again on these"
+        if inputs:
+            self.check_inputs(
+                digest(inputs), "these are", "give the same inputs, or record it again on these"
             )
         wanted = {s: e for s, e in capture.entries.items() if detail or s.tensor not in DETAIL_TENSORS}
         return replace(capture, entries=wanted)
+
+    def check_inputs(self, given: str, whose: str, mend: str) -> None:
+        """Makes sure that the recorded run was on the inputs whose digest is `given`.
+
+        Raises:
+            InputError: it was not; `whose` says whose these are, and `mend` what to do.
+        """
+        if given != self.capture.inputs_digest:
+            own = self.capture.inputs_digest
+            raise InputError(f"{self._where}: was recorded on inputs {own} and {whose} {given}; {mend}")

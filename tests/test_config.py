@@ -11,6 +11,7 @@ from divergence.sites import Site
 FULL = """
 inputs = "inputs.safetensors"
 exclude = ["output.*"]
+mask = "not pad"
 [sources.pytorch]
 model = "export_kv_cache.py:load"
 dtype = "float32"
@@ -66,6 +67,7 @@ def test_everything_in_the_file_is_read_and_files_are_made_absolute(tmp_path: Pa
         },
         tolerance=Tolerance("noise-floor", 4.0, {"layers.*.key": {"cosine": 0.999, "mse": 1e-5}}),
         exclude=("output.*",),
+        mask="not pad",
         path=path,
     )
 
@@ -127,7 +129,7 @@ def test_unknown_key_in_pyproject_is_named_with_its_full_path(tmp_path: Path) ->
     ("text", "message"),
     [
         ("input = 'a.npz'", "input is not a known key; did you mean 'inputs'?"),
-        ("zzz = 1", "zzz is not a known key; known here: inputs, sources, tolerance, exclude"),
+        ("zzz = 1", "zzz is not a known key; known here: inputs, sources, tolerance, exclude, mask"),
         (
             "[sources.a]\npath = 'x'\ndtyp = 'float32'",
             "sources.a.dtyp is not a known key; did you mean 'dtype'?",
@@ -139,6 +141,7 @@ def test_unknown_key_in_pyproject_is_named_with_its_full_path(tmp_path: Path) ->
         ),
         ("inputs = 3", "inputs must be a text that is not empty, not a number ('3')"),
         ("inputs = ' '", "inputs must be a text that is not empty, not a text (' ')"),
+        ("mask = 1", "mask must be a text that is not empty, not a number ('1')"),
         ("exclude = 'x'", "exclude must be a list of texts"),
         ("exclude = [1]", "exclude must be a list of texts"),
         ("sources = 1", "sources must be a table, not a number ('1')"),

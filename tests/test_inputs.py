@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from divergence.errors import InputError, SourceError
-from divergence.inputs import Digesting, digest, import_callable, load_inputs, token_masks
+from divergence.inputs import Digesting, digest, import_callable, load_inputs
+from divergence.masks import token_masks
 
 
 @pytest.fixture(autouse=True)
@@ -365,8 +366,20 @@ def test_only_stack_of_a_decoder_takes_the_decoders_mask() -> None:
     assert _lists(masks) == {"": DECODER_MASK.bool().tolist()}
 
 
-def test_named_mask_is_the_mask_of_all() -> None:
-    masks = token_masks({"attention_mask": MASK, "pad": DECODER_MASK}, ["encoder", "decoder"], mask="pad")
+@pytest.mark.parametrize("name", ["key_padding_mask", "src_key_padding_mask"])
+def test_true_is_padding_in_masks_of_torchs_own_modules(name: str) -> None:
+    assert _lists(token_masks({name: MASK == 0}, [""])) == {"": MASK.bool().tolist()}
+    assert token_masks({name: (MASK == 0).float()}, [""]) == {}, "of floats they are added"
+    both = {name: MASK == 0, "tgt_key_padding_mask": DECODER_MASK == 0}
+    masks = _lists(token_masks(both, ["encoder", "decoder"]))
+    assert masks == {"encoder": MASK.bool().tolist(), "decoder": DECODER_MASK.bool().tolist()}
+    with pytest.raises(InputError, match=f"input '{name}' marks every token as padding"):
+        token_masks({name: torch.ones(2, 3, dtype=torch.bool)}, [""])
+
+
+@pytest.mark.parametrize(("name", "pad"), [("pad", DECODER_MASK), ("not pad", 1 - DECODER_MASK)])
+def test_named_mask_is_the_mask_of_all(name: str, pad: torch.Tensor) -> None:
+    masks = token_masks({"attention_mask": MASK, "pad": pad}, ["encoder", "decoder"], mask=name)
     assert _lists(masks) == {"": DECODER_MASK.bool().tolist()}
 
 

@@ -21,6 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import divergence
 from divergence import Pairs, on_ray
 from divergence.config import Config
 from divergence.demo import inputs, write_bundled
@@ -144,6 +145,16 @@ def test_models_and_tensors_are_sent_and_what_cannot_be_is_refused(here: Path, w
     model.lock = threading.Lock()
     with pytest.raises(ConfigurationError, match=r"cannot be sent to workers .*pytorch:FILE.py:FUNC"):
         compare_pairs(model, [load()], given, ray="local:2", config=Config())
+
+
+@pytest.mark.slow
+def test_captures_need_no_inputs_there_either(here: Path, workers: None) -> None:
+    for name in ("clean", "rotary-bf16"):
+        divergence.capture(f"{name}.onnx", "in8.npz", f"{name}.capture", config=Config())
+    cands = ["clean.capture", "rotary-bf16.capture"]
+    limits = "rel_l2=1e-5"
+    found = compare_pairs("clean.capture", cands, ray="local:2", config=Config(), tolerance=limits)
+    assert [pair.comparison.verdict for pair in found.pairs] == ["pass", "fail"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import divergence
+from divergence.captures import open_capture
 from divergence.config import Config, Tolerance, parse_tolerance
 from divergence.demo.model import DemoConfig, DemoDecoder
 from divergence.errors import ConfigurationError, InputError
@@ -129,6 +130,23 @@ def test_padding_is_excluded_and_shown_apart() -> None:
     result = judged(model, Spoiled(), inputs)
     assert result.verdict == "pass", result.reason
     assert (result.site("layers.0.value").padded_max_abs or 0) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("src_key_padding_mask", Config()), ("pad", Config(mask="not pad")), ("pad", Config())],
+)
+def test_padding_by_other_names_is_excluded_where_it_is_known(name: str, config: Config) -> None:
+    reference = {f"layers.0.{tensor}": torch.randn(1, 2, 5, 8) for tensor in ("key", "value")}
+    reference["layers.0.hidden"] = torch.randn(1, 5, 16)
+    candidate = {site: tensor.clone() for site, tensor in reference.items()}
+    for tensor in candidate.values():
+        tensor[..., 3:, :] = 7.0
+    inputs = {name: torch.tensor([[False, False, False, True, True]])}
+    sides = FakeProbe(reference), FakeProbe(candidate)
+    result = compare(*sides, inputs, config=config, tolerance=LIMITS, replay="never")
+    unknown = name == "pad" and config.mask is None
+    assert result.verdict == ("fail" if unknown else "pass")
 
 
 def test_a_candidate_with_nan_fails_there() -> None:
@@ -305,6 +323,38 @@ def test_a_capture_is_a_source_like_any_other(tmp_path: Path) -> None:
     assert result.first_divergence is not None and result.first_divergence.site == "layers.2.value"
     with pytest.raises(InputError, match="was recorded on inputs [0-9a-f]+ and these are"):
         judged(model, path, inputs_for("llama", tokens=20))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_captures_alone_need_no_inputs(tmp_path: Path, keep: bool) -> None:
+    model, inputs = llama(LAYERS), inputs_for("llama", tokens=12)
+    inputs["attention_mask"][0, :5] = 0
+    paths = [tmp_path / f"{name}.capture" for name in ("ref", "same", "faulty", "elsewhere")]
+    runs = (
+        (model, inputs),
+        (model, inputs),
+        (faulty(model, 2), inputs),
+        (model, inputs_for("llama", tokens=9)),
+    )
+    for path, (run, given) in zip(paths, runs, strict=True):
+        record(PyTorchProbe(run), given, path, detail=False, progress=silent)
+    ref, same, wrong, elsewhere = paths
+    kept = tmp_path / "kept" if keep else None
+    assert compare(ref, same, config=Config(), keep=kept).verdict == "pass"
+    result = compare(ref, wrong, config=Config(), keep=kept, tolerance="rel_l2=1e-3")
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.2.value"
+    assert result.environment["inputs_digest"] == open_capture(ref).inputs_digest
+    assert "inputs" not in result.environment
+    if kept is not None:
+        assert open_capture(kept / "reference.capture").mask("") is not None
+        assert open_capture(kept / "candidate.capture").inputs_digest == open_capture(ref).inputs_digest
+    refused = r"elsewhere.capture: was recorded on inputs \w+ and the reference on \w+; record both"
+    with pytest.raises(InputError, match=refused):
+        compare(ref, elsewhere, config=Config())
+    with pytest.raises(InputError, match=refused):
+        compare(ref, wrong, config=Config(), floor=elsewhere)
+    with pytest.raises(InputError, match="no inputs: give --inputs FILE"):
+        compare(ref, model, config=Config())
 
 
 def test_without_a_reference_that_runs_there_is_no_floor_and_no_silent_pass(tmp_path: Path) -> None:
