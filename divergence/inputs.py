@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import ModuleType
@@ -137,6 +137,42 @@ class Digesting:
                 stream.wait_event(event)
                 beside.enter_context(torch.cuda.stream(stream))
             return digest(self._copies)
+
+
+def called(
+    declared: Sequence[str], inputs: Mapping[str, torch.Tensor], path: str, what: str
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """`inputs` as a file declares them. Where it declares one and one is given, that is it, whatever they are
+    called: exporters call inputs `input.1`, too.
+
+    Args:
+        declared: names of its inputs.
+        inputs: by our names.
+        path, what: the file, and what is in it, in a word.
+
+    Returns:
+        Tensors by the names declared, and remarks.
+
+    Raises:
+        InputError: one is missing.
+    """
+    missing = [name for name in declared if name not in inputs]
+    unused = [name for name in inputs if name not in declared]
+    if len(missing) == len(declared) == len(inputs) == 1:
+        note = f"Input {unused[0]} was given as {missing[0]}, the only one of the {what}."
+        return {missing[0]: inputs[unused[0]]}, [note]
+    if missing:
+        absent, takes, given = (
+            ", ".join(f"'{name}'" for name in names) or "none" for names in (missing, declared, inputs)
+        )
+        renamed = f'{{ "{missing[0]}" = "{unused[0] if unused else "OURS"}" }}'
+        raise InputError(
+            f"{path}: the {what}'s inputs {absent} are missing; it takes {takes}, given are {given}"
+            f"{nearest(missing[0], unused)}; where names differ, write inputs = {renamed} under "
+            "[sources.NAME] in divergence.toml"
+        )
+    notes = [f"Input {name} was left out: the {what} does not take it." for name in unused]
+    return {name: inputs[name] for name in declared}, notes
 
 
 def import_callable(spec: str, base: Path) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from divergence.errors import InputError, SourceError
-from divergence.inputs import Digesting, digest, import_callable, load_inputs
+from divergence.inputs import Digesting, called, digest, import_callable, load_inputs
 from divergence.masks import token_masks
 
 
@@ -393,6 +393,36 @@ def test_named_mask_that_is_none_is_an_error() -> None:
 def test_mask_that_leaves_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match="input 'attention_mask' marks every token as padding"):
         token_masks({"attention_mask": torch.zeros(2, 3)}, [""])
+
+
+def test_one_input_is_the_one_that_is_declared_whatever_it_is_called() -> None:
+    ids = torch.tensor([[1, 2]])
+    assert called(["input.1"], {"ids": ids}, "m.onnx", "graph") == (
+        {"input.1": ids},
+        ["Input ids was given as input.1, the only one of the graph."],
+    )
+    assert called(["ids"], {"ids": ids, "mask": ids}, "m.onnx", "graph") == (
+        {"ids": ids},
+        ["Input mask was left out: the graph does not take it."],
+    )
+
+
+@pytest.mark.parametrize(
+    ("declared", "given", "told", "renamed"),
+    [
+        (["input.1"], ["ids", "mask"], "'input.1' are missing; it takes 'input.1'", '"input.1" = "ids"'),
+        (["ids", "at"], ["ids"], "'at' are missing; it takes 'ids', 'at'", '"at" = "OURS"'),
+        (["x"], [], "'x' are missing; it takes 'x', given are none;", '"x" = "OURS"'),
+    ],
+)
+def test_inputs_of_other_names_are_not_guessed(
+    declared: list[str], given: list[str], told: str, renamed: str
+) -> None:
+    with pytest.raises(InputError) as raised:
+        called(declared, {name: torch.zeros(1) for name in given}, "m.onnx", "graph")
+    message = str(raised.value)
+    assert message.startswith(f"m.onnx: the graph's inputs {told}")
+    assert message.endswith(f"write inputs = {{ {renamed} }} under [sources.NAME] in divergence.toml")
 
 
 def test_a_digest_that_was_started_is_the_digest() -> None:

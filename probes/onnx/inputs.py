@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from divergence.errors import InputError, nearest
+from divergence.errors import InputError
+from divergence.inputs import called
 from divergence.precision import dtype_name, torch_dtype
 from divergence.probes.onnx.graph import Graph
 from divergence.probes.onnx.graph import dtype_name as element_name
@@ -32,19 +33,11 @@ def feeds_of(
         InputError: an input is missing, or does not fit in kind, rank or size.
     """
     declared = {i.name: i for i in graph.model.graph.input if i.name in set(graph.inputs)}
-    missing = [name for name in declared if name not in inputs]
-    unused = [name for name in inputs if name not in declared]
-    if missing:
-        hint = nearest(missing[0], unused)
-        raise InputError(
-            f"{path}: the graph's inputs {_listed(missing)} are missing; it takes {_listed(declared)}, "
-            f"given are {_listed(inputs)}{hint}"
-        )
-    notes = [f"Input {name} was left out: the graph does not take it." for name in unused]
+    given, notes = called(list(declared), inputs, path, "graph")
     feeds: dict[str, Any] = {}
     sizes: dict[str, tuple[int, str]] = {}
     for name, info in declared.items():
-        tensor = inputs[name]
+        tensor = given[name]
         _check_shape(info, tensor, sizes, path)
         converted = _converted(info, tensor, path)
         if converted is not tensor:
@@ -53,7 +46,7 @@ def feeds_of(
                 f"{dtype_name(converted.dtype)}, as the graph declares it."
             )
         feeds[name] = as_feed(converted, info.type.tensor_type.elem_type)
-    return feeds, {name: tuple(inputs[name].shape) for name in declared}, notes
+    return feeds, {name: tuple(given[name].shape) for name in declared}, notes
 
 
 def _converted(info: ValueInfoProto, tensor: torch.Tensor, path: str) -> torch.Tensor:
@@ -101,7 +94,3 @@ def _check_shape(
             first, owner = sizes.setdefault(dim.dim_param, (size, info.name))
             if first != size:
                 raise InputError(f"{told}: '{dim.dim_param}' is {first} in input '{owner}' and {size} here")
-
-
-def _listed(names: Mapping[str, Any] | list[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "none"

@@ -12,7 +12,8 @@ import tensorrt as trt
 import torch
 from safetensors.torch import load_file, save_file
 
-from divergence.errors import InputError, SourceError, nearest
+from divergence.errors import InputError, SourceError
+from divergence.inputs import called
 from divergence.precision import dtype_name
 from divergence.probes import Progress
 from divergence.probes.tensorrt.hazards import cycle, find_hazards
@@ -202,20 +203,13 @@ def _bind(host: Host, given: Mapping[str, torch.Tensor], request: Mapping[str, A
         stream.synchronize()
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     wanted = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
-    missing = [n for n in wanted if n not in given]
-    unused = [n for n in given if n not in wanted]
-    if missing:
-        raise InputError(
-            f"{path}: the engine's inputs {', '.join(missing)} are missing; it takes {', '.join(wanted)}, "
-            f"given are {', '.join(given) or 'none'}{nearest(missing[0], unused)}"
-        )
-    notes = [f"Input {name} was left out: the engine does not take it." for name in unused]
+    fitting, notes = called(wanted, given, path, "engine")
     inputs = {}
     for name in wanted:
-        tensor = _fitting(path, name, given[name], _dtype(engine, name))
-        if tensor.dtype != given[name].dtype:
+        tensor = _fitting(path, name, fitting[name], _dtype(engine, name))
+        if tensor.dtype != fitting[name].dtype:
             notes.append(
-                f"Input {name} was converted from {dtype_name(given[name].dtype)} to "
+                f"Input {name} was converted from {dtype_name(fitting[name].dtype)} to "
                 f"{dtype_name(tensor.dtype)}, as the engine declares it."
             )
         _set_shape(engine, context, path, name, tensor, profile)
