@@ -215,8 +215,8 @@ class Replayer:
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
         for at, tensor in () if as_recorded else self.around.beside(call).items():
             args, kwargs = replaced(args, kwargs, at, tensor)
-        args = tuple(snapshot(value) for value in args)
-        kwargs = {name: snapshot(value) for name, value in kwargs.items()}
+        args = tuple(snapshot(value, call.layer) for value in args)
+        kwargs = {name: snapshot(value, call.layer) for name, value in kwargs.items()}
         if not as_recorded:
             self._give_past(call, args, kwargs)
         # Only this layer is watched, under its own index: caches are read by it.

@@ -8,13 +8,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from divergence.probes import silent
 from divergence.probes.pytorch import PyTorchProbe
 from tests.test_pipeline import judged, stored
 
 HIDDEN = 32
+RECURRENT: dict[str, dict[str, Any]] = {
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 64, "state_size": 8},
+    "falcon_h1": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "vocab_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    },
+}
 
 
 class Block(nn.Module):
@@ -142,6 +157,105 @@ class Stateful(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class States:
+    """A cache whose states are written in place; the first write of a layer replaces what is there."""
+
+    def __init__(self, kept: object) -> None:
+        self.kept = kept
+        self.written: dict[int, bool] = {}
+
+    def update(self, hidden: Tensor, layer: int) -> Tensor:
+        mean = hidden.mean(1, keepdim=True)
+        state = self.kept[layer]  # type: ignore[index]
+        if self.written.get(layer):
+            mean = mean + state
+        self.written[layer] = True
+        state.copy_(mean)
+        return mean
+
+
+class Held:
+    """The same for one layer."""
+
+    def __init__(self) -> None:
+        self.states = {0: torch.zeros(2, 1, HIDDEN)}
+
+    def __add__(self, other: Tensor) -> Tensor:
+        return self.states[0] + other
+
+    __radd__ = __add__
+
+    def copy_(self, other: Tensor) -> None:
+        self.states[0].copy_(other)
+
+
+class Recurrent(nn.Module):
+    """Layers that add a running state to what they are given."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind = kind
+        self.layers = nn.ModuleList(Recurring(index) for index in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def fresh() -> Tensor:
+            return torch.zeros(2, 1, HIDDEN, dtype=x.dtype)
+
+        states: object = [fresh() for _ in self.layers]
+        if self.kind == "cache of tensors":
+            states = States(states)
+        elif self.kind == "cache by number":
+            states = States({index: fresh() for index in range(3)})
+        elif self.kind == "cache of layers":
+            states = States([Held() for _ in self.layers])
+        for layer in self.layers:
+            x = layer(x, states)
+        return x
+
+
+class Recurring(Plain):
+    def __init__(self, index: int) -> None:
+        super().__init__()
+        self.index = index
+
+    def forward(self, hidden: Tensor, states: Any = None) -> Tensor:
+        if isinstance(states, States):
+            mean = states.update(hidden, self.index)
+        else:
+            mean = states[self.index] + hidden.mean(1, keepdim=True)
+            states[self.index].copy_(mean)
+        return super().forward(hidden) + mean
+
+
+@pytest.mark.parametrize("kind", ["list", "cache of tensors", "cache by number", "cache of layers"])
+def test_layers_that_write_into_states_in_place_are_run_again(kind: str) -> None:
+    model, inputs = Recurrent(kind), {"x": given()["x"]}
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.layers[1].get_parameter("block.mlp.2.weight").mul_(1.5)
+    result = judged(model, wrong, inputs)
+    assert not [note for note in result.notes if "run again" in note]
+    assert [s.site for s in result.sites if s.verdict == "fail"] == ["layers.1.hidden"]
+    assert result.causes[0].id == "weight_scale", result.causes
+    assert "block.mlp.2.weight" in result.causes[0].title
+
+
+@pytest.mark.parametrize("kind", ["mamba", "falcon_h1"])
+def test_layers_with_states_of_transformers_are_run_again(kind: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **RECURRENT[kind])).eval()
+    wrong = copy.deepcopy(model)
+    name = "mixer.in_proj.weight" if kind == "mamba" else "mamba.in_proj.weight"
+    layers = next(module for module in wrong.modules() if isinstance(module, nn.ModuleList))
+    with torch.no_grad():
+        layers[1].get_parameter(name).mul_(1.05)
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(1))
+    result = judged(model, wrong, {"input_ids": ids})
+    assert not [note for note in result.notes if "run again" in note]
+    assert [s.site for s in result.sites if s.verdict == "fail"] == ["layers.1.hidden"]
+    assert (result.causes[0].id, name in result.causes[0].title) == ("weight_scale", True)
 
 
 def test_a_layer_that_cannot_be_run_again_is_judged_cumulatively() -> None:

@@ -14,6 +14,9 @@ from divergence.diagnosis.weights import agrees
 
 Build = Callable[[float], Fault]
 
+_ELSEWHERE = 0.5
+"""Taken off the rank of what the candidate's own weights speak against."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -60,6 +63,8 @@ class Tried:
         value: the estimated parameter; NaN where none was.
         fault: as put in.
         rank: higher is better; see `rank`.
+        elsewhere: the candidate's own weights show that others were changed than those of the fault, though
+            it comes to the same.
         evidence, against: sentences beside those that follow from the fit.
     """
 
@@ -69,6 +74,7 @@ class Tried:
     value: float = math.nan
     fault: Fault = field(default_factory=Fault)
     rank: float = 0.0
+    elsewhere: bool = False
     evidence: tuple[str, ...] = ()
     against: tuple[str, ...] = ()
 
@@ -129,9 +135,11 @@ def attempt(case: Case, cause: str, trial: Trial) -> Tried | None:
     fit = case.fit(fault)
     if fit.explained == 0.0 and not case.nonfinite:
         return None
-    if fit.convincing and (trial.exact(value) or not agrees(case, fault)) and not case.leaves_rounding(fit):
+    elsewhere = fit.convincing and not agrees(case, fault)
+    if fit.convincing and (elsewhere or trial.exact(value)) and not case.leaves_rounding(fit):
         fit = replace(fit, convincing=False)
-    return Tried(cause, trial, fit, value, fault, rank(case, fit) + trial.prior)
+    ranked = rank(case, fit) + trial.prior - (_ELSEWHERE if elsewhere else 0.0)
+    return Tried(cause, trial, fit, value, fault, ranked, elsewhere)
 
 
 def rank(case: Case, fit: Fit) -> float:

@@ -83,8 +83,8 @@ def write(folder: Path, case: Case) -> str:
     assert call.hidden_at is not None
     args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, unit.hidden.clone())
     given = {
-        "args": tuple(snapshot(value) for value in args),
-        "kwargs": {name: snapshot(value) for name, value in kwargs.items()},
+        "args": tuple(snapshot(value, call.layer) for value in args),
+        "kwargs": {name: snapshot(value, call.layer) for name, value in kwargs.items()},
     }
     tensors = {
         "reference": {name: tensor.clone() for name, tensor in case.clean.items()},

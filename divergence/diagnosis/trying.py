@@ -74,6 +74,6 @@ def convinces(tried: Sequence[Tried]) -> bool:
 def is_settled(case: Case, tried: Tried) -> bool:
     """Whether what a fault leaves unexplained is noise, at every tensor of the unit."""
     fit = tried.fit
-    if fit is None or fit.shown or not fit.convincing:
+    if fit is None or fit.shown or not fit.convincing or tried.elsewhere:
         return False
     return fit.explained >= 1 - 4 * case.noise and fit.overall > 0.97 and fit.explained > 0.97

@@ -92,12 +92,15 @@ def matrices(case: Case) -> list[Part]:
     return [part for name in _named(case, 2) for part in _parts(case, name)]
 
 
+def fused(case: Case) -> list[Part]:
+    """Whole weights of which `matrices` has parts."""
+    return [Part(name) for name in dict.fromkeys(part.name for part in matrices(case) if part.role)]
+
+
 def scopes(case: Case) -> list[tuple[str, list[Part]]]:
     """Weights that one fault may have changed, with a name: each alone, parts of a fused one and then all of
     it, then all matrices of the unit."""
-    parts = matrices(case)
-    fused = [Part(name) for name in dict.fromkeys(part.name for part in parts if part.role)]
-    each = [(f"'{part}'", [part]) for part in (*parts, *fused)]
+    each = [(f"'{part}'", [part]) for part in (*matrices(case), *fused(case))]
     named = parameters(case)
     every = [part for part in whole(case) if named[part.name].dim() >= 2]
     return [*each, ("every weight", every)] if len(every) > 1 else each

@@ -145,9 +145,12 @@ def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[in
     return [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def snapshot(value: Any) -> Any:
-    """A copy of a cache-like object that later updates of the original do not reach: two levels
-    deep, tensors shared (caches that write in place are copied by value). Others as they are."""
+def snapshot(value: Any, layer: int) -> Any:
+    """A copy, which later updates of the original do not reach, of a list or dict of states, or of a cache
+    with what `layer` has in it. A cache that makes new tensors (`DynamicCache`) shares them; other values are
+    what they are."""
+    if type(value) in (list, dict):
+        return _by_value(value)
     if isinstance(value, Tensor | nn.Module | str) or not hasattr(value, "update"):
         return value
     if isinstance(value, Mapping):
@@ -155,18 +158,34 @@ def snapshot(value: Any) -> Any:
     taken = copy.copy(value)
     for name, attribute in vars(value).items():
         if isinstance(attribute, list):
-            setattr(taken, name, [_snapshot_layer(item) for item in attribute])
+            parts = enumerate(attribute)
+            setattr(taken, name, [_part_of_cache(item) if at == layer else item for at, item in parts])
         elif isinstance(attribute, dict):
-            setattr(taken, name, dict(attribute))
+            others = {at for at in attribute if isinstance(at, int) and at != layer}
+            copied = {at: item if at in others else _part_of_cache(item) for at, item in attribute.items()}
+            setattr(taken, name, copied)
         elif hasattr(attribute, "update") and not isinstance(attribute, Tensor | nn.Module):
-            setattr(taken, name, snapshot(attribute))
+            setattr(taken, name, snapshot(attribute, layer))
     return taken
 
 
-def _snapshot_layer(layer: Any) -> Any:
-    taken = copy.copy(layer)
-    if "static" in type(layer).__name__.lower():
-        for name, attribute in vars(layer).items():
-            if isinstance(attribute, Tensor):
-                setattr(taken, name, attribute.clone())
+def _part_of_cache(part: Any) -> Any:
+    if isinstance(part, Tensor) or not hasattr(part, "__dict__"):
+        return _by_value(part)
+    taken = copy.copy(part)
+    makes_new = any("dynamic" in base.__name__.lower() for base in type(part).__mro__)
+    for name, attribute in vars(part).items():
+        if isinstance(attribute, list | dict) or (isinstance(attribute, Tensor) and not makes_new):
+            setattr(taken, name, _by_value(attribute))
     return taken
+
+
+def _by_value(value: Any) -> Any:
+    """A copy with tensors of its own, of lists, tuples and dicts; others as they are."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_by_value, value))
+    if type(value) is dict:
+        return {name: _by_value(item) for name, item in value.items()}
+    return value

@@ -204,8 +204,8 @@ class LayerObserver:
             if not call.follows:
                 call.first_input = hidden.detach().clone()
             call.args, call.kwargs = replaced(args, kwargs, call.hidden_at, None)
-        call.args = tuple(snapshot(value) for value in call.args)
-        call.kwargs = {name: snapshot(value) for name, value in call.kwargs.items()}
+        call.args = tuple(snapshot(value, call.layer) for value in call.args)
+        call.kwargs = {name: snapshot(value, call.layer) for name, value in call.kwargs.items()}
         self.calls.append(call)
         return call
 

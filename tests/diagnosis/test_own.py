@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 import divergence
 from divergence.diagnosis import OwnWeights
 from divergence.diagnosis.own import is_same
 from tests.diagnosis.faults import diagnosed, layer, planted
 from tests.exports import exported
-from tests.models import MODELS, inputs_for, llama
+from tests.models import MODELS, VOCABULARY, inputs_for, llama
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2}
 GROUP = 32
@@ -282,3 +283,22 @@ def test_small_values_of_a_float_are_not_taken_for_integers() -> None:
     candidate = planted(reference, unscaled).bfloat16()
     (found,) = diagnosed(reference.bfloat16(), candidate, inputs).causes
     assert (found.id, found.site) == ("quant_fp8", "layers.1.value")
+
+
+@pytest.mark.parametrize("changed", ["attention.query_key_value.weight", "input_layernorm.weight"])
+def test_of_two_changes_that_come_to_the_same_the_one_that_was_made_is_named(changed: str) -> None:
+    """Nothing but the norm's gain is between the norm and the fused projection, whose bias is zero."""
+    config = GPTNeoXConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+    )
+    torch.manual_seed(0)
+    model = GPTNeoXForCausalLM(config).eval()
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.gpt_neox.layers[1].get_parameter(changed).mul_(1.05)
+    result = divergence.compare(model, wrong, inputs_for("llama"))
+    assert (result.causes[0].id, result.causes[0].parameters["parameter"]) == ("weight_scale", changed)
