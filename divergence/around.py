@@ -20,9 +20,10 @@ from divergence.probes.pytorch.layer_call import (
     floating_beside,
     with_first_tensor,
 )
+from divergence.probes.pytorch.modes import evaluating
 from divergence.probes.pytorch.observer import without_hooks, wrapped
 from divergence.probes.pytorch.placement import device_of
-from divergence.probes.pytorch.probe import evaluating, output_leaves
+from divergence.probes.pytorch.probe import output_leaves
 from divergence.sites import Site
 
 if TYPE_CHECKING:

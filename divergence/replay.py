@@ -29,9 +29,9 @@ from divergence.probes.pytorch.layer_call import (
     replaced,
     snapshot,
 )
+from divergence.probes.pytorch.modes import evaluating
 from divergence.probes.pytorch.observer import LayerObserver, without_hooks
 from divergence.probes.pytorch.placement import device_of
-from divergence.probes.pytorch.probe import evaluating
 from divergence.sites import Site
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import divergence
 from divergence.captures import open_capture
 from divergence.config import Config, Tolerance, parse_tolerance
 from divergence.demo.model import DemoConfig, DemoDecoder
-from divergence.errors import ConfigurationError, InputError
+from divergence.errors import ConfigurationError, InputError, SourceError
 from divergence.pipeline import compare, record
 from divergence.probes import silent
 from divergence.probes.fake import FakeProbe
@@ -374,6 +374,52 @@ def test_the_same_comparison_twice_gives_the_same_report_but_for_times() -> None
         assert report["environment"].pop("seconds") > 0
         assert report["environment"].pop("date")
     assert one == two
+
+
+class Projected(nn.Module):
+    """Projects what it is given, in the precision that it is given in, or after it `casts` to its own."""
+
+    def __init__(self, *, casts: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.casts = casts
+        self.first = nn.Linear(16, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 3).layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.to(self.first.weight.dtype) if self.casts else x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_model_that_takes_other_floats_is_given_those_as_a_graph_is(precision: str) -> None:
+    given = {"x": torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2))}
+    model, name = Projected().eval(), {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    note = f"Input x was converted from float32 to {name}, as the parameters are."
+    result = judged(model, stored(model, precision), given)
+    assert (result.verdict, result.notes) == ("pass", (note,)), result.reason
+    wrong = copy.deepcopy(model)
+    with torch.no_grad():
+        wrong.layers[1].linear2.weight.mul_(1.5)
+    result = judged(stored(model, precision), stored(wrong, precision), given)
+    assert result.first_divergence is not None and result.first_divergence.site == "layers.1.hidden"
+    assert result.causes[0].id == "weight_scale"
+
+
+def test_a_model_that_casts_itself_is_given_what_there_is() -> None:
+    given = {"x": torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2))}
+    model = Projected(casts=True).eval()
+    result = judged(model, stored(model, "bf16"), given)
+    assert (result.verdict, result.notes) == ("pass", ())
+
+
+def test_a_model_that_takes_no_floats_of_its_own_either_says_what_it_said_first() -> None:
+    given = {"x": torch.randn(2, 9, 15)}
+    with pytest.raises(SourceError, match=r"on inputs x float32\[2, 9, 15\]; check their dtypes and shapes"):
+        judged(stored(Projected(), "bf16"), Projected(), given)
 
 
 def test_two_candidates_in_one_process_do_not_disturb_each_other() -> None:

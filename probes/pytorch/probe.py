@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from divergence.captures import fingerprint, fingerprint_started
 from divergence.errors import InputError, SourceError, nearest, one_line
@@ -19,12 +16,15 @@ from divergence.precision import coarsest, dtype_name
 from divergence.probes import Description, Observation, Progress, RunFacts, Sink, SiteInfo, silent
 from divergence.probes.pytorch.layer_call import LayerCall
 from divergence.probes.pytorch.mixture import mixture
+from divergence.probes.pytorch.modes import evaluating, training_note
 from divergence.probes.pytorch.observer import LayerObserver
 from divergence.probes.pytorch.own_keys import OwnKeys
 from divergence.probes.pytorch.placement import device_of, devices_of, named_weights
 from divergence.probes.pytorch.returned import REPEATED, keys_by_layer, leaves
 from divergence.probes.pytorch.stacks import Stack, find_stacks
 from divergence.sites import Site
+
+T = TypeVar("T")
 
 
 class PyTorchProbe:
@@ -56,6 +56,8 @@ class PyTorchProbe:
         self._digest: str | None = None
         self.calls: list[LayerCall] = []
         self._autocast: set[torch.dtype] = set()
+        self._floats: torch.dtype | None = None
+        self._conversions: tuple[str, ...] = ()
         self._hidden: dict[tuple[str, int], str] = {}
         self._take(model)
 
@@ -240,11 +242,12 @@ class PyTorchProbe:
         self._check_names(inputs)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = OwnKeys(self.stacks, sink)
-        done = 0
+        done, seen_any = 0, False
         refused: list[Exception] = []
 
         def counted(seen: Observation) -> None:
-            nonlocal done
+            nonlocal done, seen_any
+            seen_any = True
             own.saw(seen)
             try:
                 sink(seen)
@@ -255,9 +258,17 @@ class PyTorchProbe:
                 done += 1
                 progress(f"running {self.source}", done, total)
 
-        observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
-        with evaluating(self.model), observer:
-            outputs = self._forward(inputs, refused)
+        def watched(given: Mapping[str, Tensor]) -> tuple[LayerObserver, Any]:
+            observer = LayerObserver(self.stacks, counted, detail=detail, record=record)
+            with evaluating(self.model), observer:
+                return observer, self._forward(given, refused)
+
+        try:
+            observer, outputs = watched(inputs)
+        except SourceError as error:
+            if seen_any or not self._may_take_other_floats(inputs):
+                raise
+            observer, outputs = self._converted(inputs, watched, error)
         # Not the observer itself, which holds the last hidden states.
         self._autocast, self._hidden = observer.autocast, observer.hidden
         plain = dict(output_leaves(outputs))
@@ -266,29 +277,61 @@ class PyTorchProbe:
         ran()
         if record:
             self.calls = observer.calls
+        self._check_seen(observer.order, outputs)
+        return tuple(observer.order), tuple(plain), (*self._conversions, *own.replace(outputs))
+
+    def _check_seen(self, order: Sequence[str], outputs: Any) -> None:
+        """Makes sure that there are outputs, and that every stack that ran (`order`) showed hidden states."""
         if not any(isinstance(leaf, Tensor) for _, leaf in leaves(outputs)) and not keys_by_layer(outputs):
             raise SourceError(
                 f"{self.source}: the model returned {type(outputs).__name__}, in which there are no tensors, "
                 "so that nobody can say whether what it gives is right; have it return tensors, alone or in "
                 "a tuple, dict or dataclass"
             )
-        if not observer.order:
+        if not order:
             lists = ", ".join(stack.path for stack in self.stacks)
             raise SourceError(
                 f"{self.source}: the layers of {lists} were never called: the model does their work outside "
                 "of their forward; wrap it in a module that calls its layers"
             )
-        if unseen := [name for name in observer.order if not any(stack == name for stack, _ in self._hidden)]:
+        if unseen := [name for name in order if not any(stack == name for stack, _ in self._hidden)]:
             path = next(stack.path for stack in self.stacks if stack.name == unseen[0])
             raise SourceError(
                 f"{self.source}: the layers of {path} return nothing in which a tensor was found; have them "
                 "return their hidden state, alone or first in a tuple or dict"
             )
-        return tuple(observer.order), tuple(plain), own.replace(outputs)
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`inputs` under the model's own names."""
-        return {self._names.get(name, name): tensor for name, tensor in inputs.items()}
+        """`inputs` under the model's own names, and in the precision that it was found to take."""
+        return self._in_its_floats({self._names.get(name, name): t for name, t in inputs.items()})
+
+    def _in_its_floats(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        floats = self._floats
+        return {n: t.to(floats) if floats and t.is_floating_point() else t for n, t in inputs.items()}
+
+    def _may_take_other_floats(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether a model that does not take `inputs` as they are may take them in the one precision of its
+        parameters."""
+        kept = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        given = {tensor.dtype for tensor in inputs.values() if tensor.is_floating_point()}
+        return len(kept) == 1 and bool(given - kept)
+
+    def _converted(self, inputs: Mapping[str, Tensor], run: Callable[..., T], error: SourceError) -> T:
+        """`run` on `inputs` in the precision of the model's parameters, as a graph's are converted; further
+        runs are on these. Raises `error` where the model does not take them either."""
+        self._floats = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        try:
+            result = run(self._in_its_floats(inputs))
+        except SourceError:
+            self._floats = None
+            raise error from None
+        kept = dtype_name(self._floats)
+        self._conversions = tuple(
+            f"Input {name} was converted from {dtype_name(tensor.dtype)} to {kept}, as the parameters are."
+            for name, tensor in inputs.items()
+            if tensor.is_floating_point() and tensor.dtype != self._floats
+        )
+        return result
 
     def _forward(self, inputs: Mapping[str, Tensor], refused: list[Exception]) -> Any:
         """The model's outputs. What the receiver of its tensors raises, listed in `refused`, goes through
@@ -349,31 +392,3 @@ def output_leaves(outputs: Any) -> Iterator[tuple[str, Tensor]]:
     for name, leaf in leaves(outputs):
         if isinstance(leaf, Tensor) and not REPEATED.match(f"{name}."):
             yield name, leaf
-
-
-def training_note(source: str, model: nn.Module) -> tuple[str, ...]:
-    """What to say of a module that would do something else if it were run as it is."""
-    acting = [
-        type(module).__name__
-        for module in model.modules()
-        if module.training
-        and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
-    ]
-    if not acting:
-        return ()
-    return (
-        f"{source}: in training mode ({', '.join(dict.fromkeys(acting))}); it was run in evaluation mode",
-    )
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the duration; every module gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
