@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from divergence.probes.onnx.graph import Graph
+    from divergence.probes.onnx.graph import Graph, Shape
 
 # Products that read weights, as their first or second input.
 PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulInteger", "MatMulNBits", "Einsum", "Conv"})
@@ -47,13 +47,21 @@ def split_calls(
 
 
 def reads_of_weights(graph: Graph, nodes: Sequence[int], fixed: Sequence[bool]) -> int:
-    """How often `nodes` multiply with every weight among them, at the least: with none, once."""
+    """How often `nodes` multiply with every weight among them, at the least: with none, once.
+
+    An exporter that transposes a weight may store it anew for each call. So modules count too: how often each
+    of several multiplies with a weight of one shape.
+    """
     reads: Counter[str] = Counter()
+    modules: Counter[tuple[str | None, Shape | None]] = Counter()
     for index in nodes:
         node = graph.nodes[index]
         if node.op_type in PRODUCTS and not fixed[index]:
-            reads.update(name for name in node.input[:2] if name and _is_weight(graph, name, fixed))
-    return min(reads.values(), default=1)
+            weights = [name for name in node.input[:2] if name and _is_weight(graph, name, fixed)]
+            reads.update(weights)
+            modules.update((graph.scopes[index], graph.shape(name)) for name in weights)
+    several = len({module for module, _ in modules}) > 1
+    return max(min(reads.values(), default=1), min(modules.values()) if several else 1)
 
 
 def _is_weight(graph: Graph, name: str, fixed: Sequence[bool]) -> bool:

@@ -23,9 +23,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 class Block(nn.Module):
     """A layer that may multiply what it is given with a gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.up, self.down, self.norm = nn.Linear(96, 100), nn.Linear(100, 96), nn.LayerNorm(96)
+        self.up, self.down, self.norm = nn.Linear(size, 100), nn.Linear(100, size), nn.LayerNorm(size)
 
     def forward(self, x: Tensor, side: Tensor | None) -> Tensor:
         if side is not None:
@@ -37,10 +37,10 @@ class Block(nn.Module):
 class Looped(nn.Module):
     """Runs its only layer three times, with a gate in the calls `gated`."""
 
-    def __init__(self, gated: tuple[int, ...]) -> None:
+    def __init__(self, gated: tuple[int, ...], size: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers, self.head, self.gated = nn.ModuleList([Block()]), nn.Linear(96, 5), gated
+        self.layers, self.head, self.gated = nn.ModuleList([Block(size)]), nn.Linear(size, 5), gated
 
     def forward(self, x: Tensor, side: Tensor) -> Tensor:
         for call in range(3):
@@ -49,20 +49,21 @@ class Looped(nn.Module):
         return out
 
 
-def both(folder: Path, *gated: int) -> tuple[Capture, Path, Mapping[str, Tensor]]:
+def both(folder: Path, *gated: int, size: int = 96) -> tuple[Capture, Path, Mapping[str, Tensor]]:
     """What the module held, and its export."""
-    model = Looped(gated).eval().requires_grad_(False)
+    model = Looped(gated, size).eval().requires_grad_(False)
     draws = torch.Generator().manual_seed(1)
-    inputs = {name: torch.randn(1, 6, 96, generator=draws) for name in ("x", "side")}
+    inputs = {name: torch.randn(1, 6, size, generator=draws) for name in ("x", "side")}
     reference = record(PyTorchProbe(model), inputs, folder / "ref.capture", detail=False, progress=silent)
     return reference, exported(model, inputs, folder / "looped.onnx"), inputs
 
 
 @pytest.mark.parametrize("gated", [(), (0, 1, 2)])
-def test_every_call_of_a_layer_has_its_own_value(gated: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [96, 32])
+def test_every_call_of_a_layer_has_its_own_value(gated: tuple[int, ...], size: int, tmp_path: Path) -> None:
     """What is the same in every call (transposed weights, the gate) is computed once, among the nodes
-    of the first, which makes it longer."""
-    reference, path, inputs = both(tmp_path, *gated)
+    of the first, which makes it longer. Small weights are transposed by the exporter, for each call anew."""
+    reference, path, inputs = both(tmp_path, *gated, size=size)
     seen = observed(OnnxProbe(path), inputs)
     assert [s for s in seen if "hidden" in s] == ["layers.0.hidden", "layers.0.hidden@2", "layers.0.hidden@3"]
     for site in reference.sites:
