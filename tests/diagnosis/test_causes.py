@@ -204,6 +204,12 @@ KNOWN = {
         every(_set("input_layernorm.variance_epsilon", 1e-3)),
         parameters={"epsilon": 1e-3},
     ),
+    "no eps": Known(
+        "norm_eps",
+        "layers.0.key",
+        every(_set("input_layernorm.variance_epsilon", 0.0)),
+        parameters={"epsilon": 0.0},
+    ),
     "eps layer norm": Known(
         "norm_eps", "layers.0.hidden", every(_set("ln_2.eps", 1e-3)), "gpt2", {"epsilon": 1e-3}
     ),

@@ -63,7 +63,7 @@ def rounded(epsilon: float) -> float:
 
 
 def _starts(known: float) -> tuple[float, ...]:
-    return tuple(e for e in _USUAL if abs(e - known) > 1e-2 * known)
+    return (0.0, *(e for e in _USUAL if abs(e - known) > 1e-2 * known))
 
 
 def _fault(norms: list[parts.Norm]) -> Callable[[float], Fault]:
