@@ -9,6 +9,7 @@ definitions, and so with the CPU, to a relative 1e-12.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,7 @@ class _Axis:
         first, before = divmod(start, group)
         behind = -(before + sums.shape[1]) % group
         if before or behind:
-            sums = torch.nn.functional.pad(sums.sum(0, keepdim=True), (0, 0, before, behind))
+            sums = torch.nn.functional.pad(_summed(sums), (0, 0, before, behind))
         pooled = sums.view(len(sums), -1, group, 4).sum((0, 2))
         to[first : first + len(pooled)] += pooled
 
@@ -174,22 +175,23 @@ class Results:
             axis.group for axis in (self.token, self.channel, self.head)
         )
         unit = 16 if aligned else 1
-        compare_matrices[(launch.programs,)](
-            *self._sides(unit), self.mask, self.plain[launch.rows.start // tiling.depth :],
-            matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
-            *self._part(launch),
-            histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
-            row_sums, column_sums, *figures, peak, 0 if self.by_launch else launch.first,
-            **self._constants(), SAME=matrix.same_dtype, ALIGNED=aligned,
-            NATIVE=aligned and matrix.native and tiling.rows > 1,
-            BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, STAGES=tiling.stages,
-            num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
-        )  # fmt: skip
+        with _on(matrix.device):
+            compare_matrices[(launch.programs,)](
+                *self._sides(unit), self.mask, self.plain[launch.rows.start // tiling.depth :],
+                matrix.heads, matrix.tokens, matrix.channels // (1 if matrix.flat & 12 == 12 else unit),
+                *self._part(launch),
+                histogram, token_lost, token_group, channel_lost, channel_group, head_lost, head_group,
+                row_sums, column_sums, *figures, peak, 0 if self.by_launch else launch.first,
+                **self._constants(), SAME=matrix.same_dtype, ALIGNED=aligned,
+                NATIVE=aligned and matrix.native and tiling.rows > 1,
+                BR=tiling.rows, LOG_BR=tiling.rows.bit_length() - 1, STAGES=tiling.stages,
+                num_warps=tiling.threads // 32, enable_fp_fusion=True, maxnreg=tiling.registers,
+            )  # fmt: skip
         if self.by_launch:
             for part, whole in zip(_together(*figures), (floats, integers), strict=True):
                 whole[launch.number * len(part) : (launch.number + 1) * len(part)] = part
         self.token.add(row_sums.view(strips, -1, 4), launch.rows.start, token.view(-1, 4))
-        by_column = column_sums.view(blocks, -1, 4).sum(0, keepdim=True)
+        by_column = _summed(column_sums.view(blocks, -1, 4))
         self.channel.add(by_column, launch.columns.start, channel.view(-1, 4))
         if matrix.form.has_head:
             self.head.add(by_column, launch.columns.start, head.view(-1, 4))
@@ -235,11 +237,12 @@ class Results:
         matrix, tiling = self.matrix, self.plan.tiling
         histogram = torch.zeros(EXPONENTS, dtype=torch.int64, device=matrix.device)
         top = math.frexp(largest)[1] + 1022
-        for launch in self.plan.launches:
-            recount[(launch.programs,)](
-                *self._sides(1), self.mask, matrix.heads, matrix.tokens, matrix.channels,
-                *self._part(launch), top, histogram, **self._constants(), num_warps=tiling.threads // 32,
-            )  # fmt: skip
+        with _on(matrix.device):
+            for launch in self.plan.launches:
+                recount[(launch.programs,)](
+                    *self._sides(1), self.mask, matrix.heads, matrix.tokens, matrix.channels,
+                    *self._part(launch), top, histogram, **self._constants(), num_warps=tiling.threads // 32,
+                )  # fmt: skip
         return histogram
 
     def metrics(self) -> Metrics:
@@ -280,6 +283,17 @@ class Results:
 
     def _index(self, number: int) -> tuple[int, ...]:
         return self.matrix.form.index(*(int(i) for i in np.unravel_index(number, self.matrix.form.pooled)))
+
+
+def _summed(parts: torch.Tensor) -> torch.Tensor:
+    """The sum over the first axis, which is kept; one part is no other tensor."""
+    return parts if len(parts) == 1 else parts.sum(0, keepdim=True)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the device that is current, whatever device the tensors are on: another one's stream
+    waits for nothing that they are waiting for."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _together(floats: torch.Tensor, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

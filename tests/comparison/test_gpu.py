@@ -297,6 +297,26 @@ def test_memory_beside_the_tensors_stays_under_64_mib(shape: tuple[int, ...]) ->
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("exponent", [0, 80])
+def test_tensors_of_a_device_that_is_not_current_are_waited_for(exponent: int) -> None:
+    """On their device, whose stream is what makes them; some with errors that are counted once more."""
+    ref, cand = noisy(2, 8, 256, 128)
+    cand.view(-1)[0] = 2.0**exponent
+    truth = reference_metrics(ref, cand)
+    there = [
+        tensor.to("cuda:0").to("cuda:1") for tensor in (ref, cand)
+    ]  # both are in use, and reach each other
+    gpu.compare(*there)  # compiles
+    torch.ones(1, device="cuda:0")
+    assert torch.cuda.current_device() == 0
+    for _ in range(3):
+        with torch.cuda.device(1):
+            torch.cuda._sleep(50_000_000)
+        assert_true(gpu.compare(*(tensor.clone() for tensor in there)), truth)
+
+
+@pytest.mark.gpu
 def test_a_model_on_a_gpu_is_judged_without_the_kernel_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captures lie in host memory, floors and replayed layers on the device: all are compared there."""
     faulty = demo.load().cuda()
