@@ -304,9 +304,8 @@ def test_tensors_of_a_device_that_is_not_current_are_waited_for(exponent: int) -
     ref, cand = noisy(2, 8, 256, 128)
     cand.view(-1)[0] = 2.0**exponent
     truth = reference_metrics(ref, cand)
-    there = [
-        tensor.to("cuda:0").to("cuda:1") for tensor in (ref, cand)
-    ]  # both are in use, and reach each other
+    # Both devices are in use, and reach each other: a kernel would run on the wrong one too.
+    there = [tensor.to("cuda:0").to("cuda:1") for tensor in (ref, cand)]
     gpu.compare(*there)  # compiles
     torch.ones(1, device="cuda:0")
     assert torch.cuda.current_device() == 0
