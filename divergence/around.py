@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from divergence.emulation import cast, mapped, reduced
+from divergence.emulation import cast, reduced
 from divergence.probes.pytorch.layer_call import (
     Beside,
     CallKey,
@@ -21,6 +21,7 @@ from divergence.probes.pytorch.layer_call import (
     with_first_tensor,
 )
 from divergence.probes.pytorch.modes import evaluating
+from divergence.probes.pytorch.nested import mapped
 from divergence.probes.pytorch.observer import without_hooks, wrapped
 from divergence.probes.pytorch.placement import device_of
 from divergence.probes.pytorch.probe import output_leaves

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from divergence.probes.pytorch.nested import mapped, tensors_in
 from divergence.probes.pytorch.observer import wrapped
 from divergence.probes.pytorch.opened import opened
 from divergence.probes.pytorch.placement import brought_in
@@ -228,26 +229,3 @@ def round_int8(value: Tensor, axis: int = -1) -> Tensor:
     activations, an output channel of weights)."""
     scale = value.abs().amax(axis, keepdim=True).clamp(min=torch.finfo(value.dtype).tiny) / 127
     return (value / scale).round().clamp(-127, 127) * scale
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Tensors in nested tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-
-
-def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `function` applied to every tensor in it (nested in tuples, lists, dicts)."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {k: mapped(v, function) for k, v in value.items()}
-    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
-        return type(value)(mapped(v, function) for v in value)
-    return value

@@ -169,13 +169,11 @@ class CaptureWriter:
     def _replace(self) -> None:
         # The old capture is moved, not deleted, first: a name is missing for two renames only.
         old = self.path.with_name(self.path.name + REPLACED)
-        if old.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
         if self.path.exists():
             self.path.replace(old)
         self._partial.replace(self.path)
-        if old.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _store(self, name: str, tensor: torch.Tensor, entry: Entry | None) -> None:
         self._forget(name)

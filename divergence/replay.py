@@ -27,7 +27,7 @@ from divergence.probes.pytorch.caches import caches_in, put_cached
 from divergence.probes.pytorch.layer_call import (
     LayerCall,
     replaced,
-    snapshot,
+    snapshots,
 )
 from divergence.probes.pytorch.modes import evaluating
 from divergence.probes.pytorch.observer import LayerObserver, without_hooks
@@ -215,8 +215,7 @@ class Replayer:
         args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, hidden)
         for at, tensor in () if as_recorded else self.around.beside(call).items():
             args, kwargs = replaced(args, kwargs, at, tensor)
-        args = tuple(snapshot(value, call.layer) for value in args)
-        kwargs = {name: snapshot(value, call.layer) for name, value in kwargs.items()}
+        args, kwargs = snapshots(args, kwargs, call.layer)
         if not as_recorded:
             self._give_past(call, args, kwargs)
         # Only this layer is watched, under its own index: caches are read by it.

@@ -1,7 +1,8 @@
 """Comparison: how two tensors differ.
 
 `metrics` holds the definitions, `cpu` the implementation that compares on the CPU with a compiled kernel
-(`kernel`, `loops`), `gpu` the one that compares on a GPU (`triton_kernel`, `triton_parts`).
+(`kernel`, `loops`), `gpu` the one that compares on a GPU (`triton_kernel`, `triton_parts`); both count NaN
+and Inf of the reference by `unlike`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ figures agree to a relative 1e-12. What is held beside the tensors is the sums o
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections import deque
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from divergence.comparison import kernel, loops
+from divergence.comparison.boxes import Part, boxes_of
 from divergence.comparison.kernel import Box, Mask, Results
 from divergence.comparison.loops import Pool, Side
 from divergence.comparison.metrics import (
@@ -33,7 +33,7 @@ from divergence.comparison.metrics import (
     assemble,
 )
 from divergence.comparison.unlike import with_unlike
-from divergence.comparison.views import Form, Operands, byte_values, operands
+from divergence.comparison.views import Operands, byte_values, operands
 from divergence.errors import AlignmentError
 from divergence.shards import release
 
@@ -90,26 +90,17 @@ def compare(
     total = _Total(given, entries)
     threads = threads or torch.get_num_threads()
     box = box or (BOX if given.ref.numel() <= MANY else LARGE_BOX)
-    for found in _results(total, list(_boxes(given, box)), threads):
+    for found in _results(total, list(boxes_of(given, box)), threads):
         total.add(found)
     sums = arrange(given.form, total.token.sums, total.head.sums, total.channel.sums)
     return with_unlike(assemble(total.scan(), sums), given)
 
 
 @dataclass(frozen=True)
-class _Box:
-    """Part of both tensors `[batch, head, token, channel]`, and where it starts."""
-
-    ref: torch.Tensor
-    cand: torch.Tensor
-    start: tuple[int, int, int, int]
-
-
-@dataclass(frozen=True)
 class _Found:
     """A box and what the kernel found in it."""
 
-    box: _Box
+    box: Part
     results: Results
 
 
@@ -148,13 +139,13 @@ class _Total:
         self.same_dtype = given.ref.dtype == given.cand.dtype
         self._own = threading.local()
 
-    def starts(self, box: _Box) -> tuple[int, int, int]:
+    def starts(self, box: Part) -> tuple[int, int, int]:
         """Where a box starts on the flattened token, head and channel axes."""
         _, _, tokens, channels = self.form.pooled
         batch, head, token, channel = box.start
         return batch * tokens + token, head, head * channels + channel
 
-    def scan_box(self, box: _Box) -> _Found:
+    def scan_box(self, box: Part) -> _Found:
         """Runs the kernel on a box. Changes nothing here: several threads may."""
         ref, cand = box.ref.cpu(), box.cand.cpu()
         batch, heads, tokens, channels = ref.shape
@@ -182,7 +173,7 @@ class _Total:
         work.fill(0)
         return work
 
-    def most_under_way(self, box: _Box, most: int) -> int:
+    def most_under_way(self, box: Part, most: int) -> int:
         """How many results like that of `box` may be held."""
         batch, heads, tokens, channels = box.ref.shape
         members = (batch * tokens, heads, heads * channels)
@@ -192,7 +183,7 @@ class _Total:
         )
         return max(1, min(most, UNDER_WAY // (40 * entries)))
 
-    def _mask(self, box: _Box) -> Mask:
+    def _mask(self, box: Part) -> Mask:
         if self.mask is None:
             return Mask(0, 0, 0)
         batch, token = self.mask.stride()
@@ -240,7 +231,7 @@ class _Total:
         )
 
 
-def _results(total: _Total, boxes: list[_Box], threads: int) -> Iterator[_Found]:
+def _results(total: _Total, boxes: list[Part], threads: int) -> Iterator[_Found]:
     """What was found in each box, in their order; few tensors are large enough for threads."""
     if threads == 1 or len(boxes) == 1:
         yield from map(total.scan_box, boxes)
@@ -259,36 +250,6 @@ def _results(total: _Total, boxes: list[_Box], threads: int) -> Iterator[_Found]
                 yield from under_way.popleft().result()
         while under_way:
             yield from under_way.popleft().result()
-
-
-def _boxes(given: Operands, limit: int) -> Iterator[_Box]:
-    """Both tensors in boxes of at most `limit` elements that are consecutive in canonical order."""
-    for first_head, ref, cand in _slabs(given):
-        steps: list[int] = []
-        room = limit
-        for size in reversed(ref.shape):
-            steps.insert(0, max(1, min(size, room)))
-            room //= steps[0]
-        ranges = [range(0, size, step) for size, step in zip(ref.shape, steps, strict=True)]
-        for start in itertools.product(*ranges):
-            part = tuple(slice(i, i + step) for i, step in zip(start, steps, strict=True))
-            yield _Box(ref[part], cand[part], (start[0], first_head + start[1], start[2], start[3]))
-
-
-def _slabs(given: Operands) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Both tensors as `[batch, head, token, channel]`, and their first head: several head axes are
-    one where memory allows that view, and are gone through one by one where not."""
-    form: Form = given.form
-    ref, cand = form.view(given.ref), form.view(given.cand)
-    try:
-        whole = ref.view(form.pooled), cand.view(form.pooled)
-    except RuntimeError:
-        inner = form.sizes[-3]
-        for n, index in enumerate(itertools.product(*(range(size) for size in form.sizes[1:-3]))):
-            at: tuple[slice | int, ...] = (slice(None), *index)
-            yield n * inner, ref[at], cand[at]
-    else:
-        yield 0, *whole
 
 
 def _kind(dtype: torch.dtype) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from divergence.comparison.boxes import boxes_of
 from divergence.shards import release
 
 if TYPE_CHECKING:
@@ -29,25 +26,15 @@ def with_unlike(metrics: Metrics, given: Operands) -> Metrics:
     import torch
 
     counts: list[torch.Tensor] = []
-    for ref, cand, valid in _pieces(given):
-        r, c = ref.double(), cand.to(ref.device).double()
-        found = (r.isinf() & (c != r), r.isnan() & ~c.isnan())
-        counts += (part.sum() if valid is None else (part & valid).sum() for part in found)
-        release(ref)
-        release(cand)
+    for box in boxes_of(given, PIECE):
+        r, c = box.ref.double(), box.cand.to(box.ref.device).double()
+        found = [r.isinf() & (c != r), r.isnan() & ~c.isnan()]
+        if given.mask is not None:
+            batches, _, tokens, _ = (slice(at, at + n) for at, n in zip(box.start, r.shape, strict=True))
+            valid = given.mask[batches, tokens].to(r.device)[:, None, :, None]
+            found = [part & valid for part in found]
+        counts += (part.sum() for part in found)
+        release(box.ref)
+        release(box.cand)
     infinite, not_a_number = torch.stack(counts).view(-1, 2).sum(0).tolist()
     return replace(metrics, unlike_inf=infinite, unlike_nan=not_a_number)
-
-
-def _pieces(given: Operands) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Both tensors `[token, channel]`, and which tokens are valid `[token, 1]`, in pieces."""
-    form = given.form
-    views = [form.view(side) for side in (given.ref, given.cand)]
-    rows = max(1, PIECE // max(1, form.sizes[-1]))
-    for place in np.ndindex(*form.sizes[:-2]):
-        parts = [view[place].split(rows) for view in views]
-        masks = itertools.repeat(None) if given.mask is None else given.mask[place[0]].split(rows)
-        for ref, cand, mask in zip(*parts, masks, strict=False):
-            valid = None if mask is None else mask.to(ref.device)[:, None]
-            for r, c in zip(ref.split(PIECE, 1), cand.split(PIECE, 1), strict=True):
-                yield r, c, valid

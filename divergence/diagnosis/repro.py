@@ -19,7 +19,7 @@ from torch import nn
 from divergence.diagnosis.emulate import LayerUnit
 from divergence.errors import SourceError, one_line
 from divergence.inputs import USER_MODULE
-from divergence.probes.pytorch.layer_call import replaced, snapshot
+from divergence.probes.pytorch.layer_call import replaced, snapshots
 from divergence.probes.pytorch.placement import unhooked
 
 if TYPE_CHECKING:
@@ -82,10 +82,7 @@ def write(folder: Path, case: Case) -> str:
     call = unit.call
     assert call.hidden_at is not None
     args, kwargs = replaced(call.args, call.kwargs, call.hidden_at, unit.hidden.clone())
-    given = {
-        "args": tuple(snapshot(value, call.layer) for value in args),
-        "kwargs": {name: snapshot(value, call.layer) for name, value in kwargs.items()},
-    }
+    given = dict(zip(("args", "kwargs"), snapshots(args, kwargs, call.layer), strict=True))
     tensors = {
         "reference": {name: tensor.clone() for name, tensor in case.clean.items()},
         "candidate": {name: tensor.clone() for name, tensor in case.candidate.items()},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from divergence.emulation import tensors_in
+from divergence.probes.pytorch.nested import tensors_in
 from divergence.probes.pytorch.opened import opened
 
 if TYPE_CHECKING:

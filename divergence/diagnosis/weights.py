@@ -92,15 +92,16 @@ def matrices(case: Case) -> list[Part]:
     return [part for name in _named(case, 2) for part in _parts(case, name)]
 
 
-def fused(case: Case) -> list[Part]:
-    """Whole weights of which `matrices` has parts."""
-    return [Part(name) for name in dict.fromkeys(part.name for part in matrices(case) if part.role)]
+def fused(parts: Iterable[Part]) -> list[Part]:
+    """The whole weights of those that are parts of one."""
+    return [Part(name) for name in dict.fromkeys(part.name for part in parts if part.role)]
 
 
 def scopes(case: Case) -> list[tuple[str, list[Part]]]:
     """Weights that one fault may have changed, with a name: each alone, parts of a fused one and then all of
     it, then all matrices of the unit."""
-    each = [(f"'{part}'", [part]) for part in (*matrices(case), *fused(case))]
+    parts = matrices(case)
+    each = [(f"'{part}'", [part]) for part in (*parts, *fused(parts))]
     named = parameters(case)
     every = [part for part in whole(case) if named[part.name].dim() >= 2]
     return [*each, ("every weight", every)] if len(every) > 1 else each

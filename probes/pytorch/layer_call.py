@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from divergence.probes.pytorch.nested import mapped
 from divergence.sites import Site
 
 _HIDDEN_NAMES = ("hidden_states", "hidden", "x", "src", "tgt", "input", "inputs")
@@ -145,47 +146,48 @@ def _floating(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[in
     return [(at, v) for at, v in slots if isinstance(v, Tensor) and v.is_floating_point()]
 
 
-def snapshot(value: Any, layer: int) -> Any:
-    """A copy, which later updates of the original do not reach, of a list or dict of states, or of a cache
-    with what `layer` has in it. A cache that makes new tensors (`DynamicCache`) shares them; other values are
-    what they are."""
+def snapshots(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with copies, which later updates of the originals do not reach, of lists and dicts of
+    states, and of caches with what `layer` has in them. A cache that makes new tensors (`DynamicCache`)
+    shares them; other values are what they are."""
+    return tuple(_snapshot(v, layer) for v in args), {name: _snapshot(v, layer) for name, v in kwargs.items()}
+
+
+def _snapshot(value: Any, layer: int) -> Any:
     if type(value) in (list, dict):
-        return _by_value(value)
+        return mapped(value, _copied)
     if isinstance(value, Tensor | nn.Module | str) or not hasattr(value, "update"):
         return value
     if isinstance(value, Mapping):
         return type(value)(value)  # type: ignore[call-arg]
+
+    def part(at: Any, item: Any) -> Any:
+        """Of what is numbered, another layer's is shared."""
+        return item if isinstance(at, int) and at != layer else _part_of_cache(item)
+
     taken = copy.copy(value)
     for name, attribute in vars(value).items():
         if isinstance(attribute, list):
-            parts = enumerate(attribute)
-            setattr(taken, name, [_part_of_cache(item) if at == layer else item for at, item in parts])
+            setattr(taken, name, [part(at, item) for at, item in enumerate(attribute)])
         elif isinstance(attribute, dict):
-            others = {at for at in attribute if isinstance(at, int) and at != layer}
-            copied = {at: item if at in others else _part_of_cache(item) for at, item in attribute.items()}
-            setattr(taken, name, copied)
+            setattr(taken, name, {at: part(at, item) for at, item in attribute.items()})
         elif hasattr(attribute, "update") and not isinstance(attribute, Tensor | nn.Module):
-            setattr(taken, name, snapshot(attribute, layer))
+            setattr(taken, name, _snapshot(attribute, layer))
     return taken
 
 
 def _part_of_cache(part: Any) -> Any:
     if isinstance(part, Tensor) or not hasattr(part, "__dict__"):
-        return _by_value(part)
+        return mapped(part, _copied)
     taken = copy.copy(part)
     makes_new = any("dynamic" in base.__name__.lower() for base in type(part).__mro__)
     for name, attribute in vars(part).items():
-        if isinstance(attribute, list | dict) or (isinstance(attribute, Tensor) and not makes_new):
-            setattr(taken, name, _by_value(attribute))
+        if type(attribute) in (list, dict) or (isinstance(attribute, Tensor) and not makes_new):
+            setattr(taken, name, mapped(attribute, _copied))
     return taken
 
 
-def _by_value(value: Any) -> Any:
-    """A copy with tensors of its own, of lists, tuples and dicts; others as they are."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) in (list, tuple):
-        return type(value)(map(_by_value, value))
-    if type(value) is dict:
-        return {name: _by_value(item) for name, item in value.items()}
-    return value
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

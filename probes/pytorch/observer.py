@@ -27,7 +27,7 @@ from divergence.probes.pytorch.layer_call import (
     find_hidden,
     first_tensor,
     replaced,
-    snapshot,
+    snapshots,
     with_first_tensor,
 )
 from divergence.probes.pytorch.stacks import Stack
@@ -204,8 +204,7 @@ class LayerObserver:
             if not call.follows:
                 call.first_input = hidden.detach().clone()
             call.args, call.kwargs = replaced(args, kwargs, call.hidden_at, None)
-        call.args = tuple(snapshot(value, call.layer) for value in call.args)
-        call.kwargs = {name: snapshot(value, call.layer) for name, value in call.kwargs.items()}
+        call.args, call.kwargs = snapshots(call.args, call.kwargs, call.layer)
         self.calls.append(call)
         return call
 

@@ -57,7 +57,6 @@ class PyTorchProbe:
         self.calls: list[LayerCall] = []
         self._autocast: set[torch.dtype] = set()
         self._floats: torch.dtype | None = None
-        self._conversions: tuple[str, ...] = ()
         self._hidden: dict[tuple[str, int], str] = {}
         self._take(model)
 
@@ -238,7 +237,7 @@ class PyTorchProbe:
         Returns:
             Names of the stacks in execution order, names of the outputs, notes.
         """
-        inputs = self.own(inputs)
+        given, inputs = inputs, self.own(inputs)
         self._check_names(inputs)
         total = sum(len(stack.layers) for stack in self.stacks)
         own = OwnKeys(self.stacks, sink)
@@ -266,9 +265,9 @@ class PyTorchProbe:
         try:
             observer, outputs = watched(inputs)
         except SourceError as error:
-            if seen_any or not self._may_take_other_floats(inputs):
+            if seen_any:
                 raise
-            observer, outputs = self._converted(inputs, watched, error)
+            observer, outputs = self._in_its_floats(watched, given, error)
         # Not the observer itself, which holds the last hidden states.
         self._autocast, self._hidden = observer.autocast, observer.hidden
         plain = dict(output_leaves(outputs))
@@ -278,7 +277,7 @@ class PyTorchProbe:
         if record:
             self.calls = observer.calls
         self._check_seen(observer.order, outputs)
-        return tuple(observer.order), tuple(plain), (*self._conversions, *own.replace(outputs))
+        return tuple(observer.order), tuple(plain), (*self._conversions(given), *own.replace(outputs))
 
     def _check_seen(self, order: Sequence[str], outputs: Any) -> None:
         """Makes sure that there are outputs, and that every stack that ran (`order`) showed hidden states."""
@@ -303,35 +302,36 @@ class PyTorchProbe:
 
     def own(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`inputs` under the model's own names, and in the precision that it was found to take."""
-        return self._in_its_floats({self._names.get(name, name): t for name, t in inputs.items()})
-
-    def _in_its_floats(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         floats = self._floats
-        return {n: t.to(floats) if floats and t.is_floating_point() else t for n, t in inputs.items()}
+        return {
+            self._names.get(name, name): tensor.to(floats)
+            if floats and tensor.is_floating_point()
+            else tensor
+            for name, tensor in inputs.items()
+        }
 
-    def _may_take_other_floats(self, inputs: Mapping[str, Tensor]) -> bool:
-        """Whether a model that does not take `inputs` as they are may take them in the one precision of its
-        parameters."""
+    def _in_its_floats(self, run: Callable[..., T], given: Mapping[str, Tensor], error: SourceError) -> T:
+        """`run` on the inputs `given` in the one precision of the model's parameters, as a graph's are
+        converted; further runs are on these. Raises `error` where that is no other one, or the model does not
+        take it either."""
         kept = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
-        given = {tensor.dtype for tensor in inputs.values() if tensor.is_floating_point()}
-        return len(kept) == 1 and bool(given - kept)
-
-    def _converted(self, inputs: Mapping[str, Tensor], run: Callable[..., T], error: SourceError) -> T:
-        """`run` on `inputs` in the precision of the model's parameters, as a graph's are converted; further
-        runs are on these. Raises `error` where the model does not take them either."""
-        self._floats = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        others = {tensor.dtype for tensor in given.values() if tensor.is_floating_point()} - kept
+        if self._floats is not None or len(kept) != 1 or not others:
+            raise error
+        (self._floats,) = kept
         try:
-            result = run(self._in_its_floats(inputs))
+            return run(self.own(given))
         except SourceError:
             self._floats = None
             raise error from None
-        kept = dtype_name(self._floats)
-        self._conversions = tuple(
-            f"Input {name} was converted from {dtype_name(tensor.dtype)} to {kept}, as the parameters are."
-            for name, tensor in inputs.items()
-            if tensor.is_floating_point() and tensor.dtype != self._floats
-        )
-        return result
+
+    def _conversions(self, given: Mapping[str, Tensor]) -> Iterator[str]:
+        """What to say of inputs that `own` converts."""
+        for name, tensor in given.items():
+            if self._floats not in (None, tensor.dtype) and tensor.is_floating_point():
+                theirs = self._names.get(name, name)
+                dtypes = f"{dtype_name(tensor.dtype)} to {dtype_name(self._floats)}"
+                yield f"Input {theirs} was converted from {dtypes}, as the parameters are."
 
     def _forward(self, inputs: Mapping[str, Tensor], refused: list[Exception]) -> Any:
         """The model's outputs. What the receiver of its tensors raises, listed in `refused`, goes through

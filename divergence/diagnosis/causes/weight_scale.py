@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -24,9 +23,9 @@ _NEARLY_GONE = 0.1  # a gain smaller than this fits whatever lacks what the weig
 
 def trials(case: Case) -> Iterator[Trial]:
     """Every weight that the site depends on, times a gain."""
+    matrices = weights.matrices(case)
     # A fused weight after the gain of the norm before it, which comes to the same.
-    makers = weights.matrices, weights.gains, weights.biases, weights.fused
-    for part in itertools.chain.from_iterable(make(case) for make in makers):
+    for part in [*matrices, *weights.gains(case), *weights.biases(case), *weights.fused(matrices)]:
         if not only_through_scores(case, part):
             yield _trial(str(part), f"'{part}' is {{value:.4g}} times the reference's", _scaled(part))
     if case.is_layer and case.at.layer == 0:
